@@ -1,0 +1,52 @@
+# Two commands: `make report` and `make test`. They need Python 3.10+ with venv, g++ and make; everything else goes into .venv.
+# Each step leaves a stamp in .venv, so a second run starts at once and a changed source rebuilds only what it touches.
+
+PYTHON ?= python3
+VENV   ?= .venv
+REPORT ?= report
+ARGS   ?=
+
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+CONSTRAINTS := .ci/constraints.txt
+SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
+
+.PHONY: help report test bench lint clean install
+
+help:  ## print this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1@/p' $(MAKEFILE_LIST) | column -t -s @
+	@echo '  further arguments go in ARGS:  make report ARGS=--quick   make test ARGS="-k linear -x"'
+
+report: install  ## check, benchmark and train on this machine, write report/index.html and print its path
+	$(BIN)/dlkernels report --output $(REPORT) $(ARGS)
+
+test: install  ## run every test, ruff and mypy among them
+	$(BIN)/python -m pytest tests $(ARGS)
+
+bench: install  ## the benchmark suite alone, as a table: make bench ARGS="linear --quick"
+	$(BIN)/dlkernels bench $(ARGS)
+
+lint: install  ## ruff and mypy
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
+
+clean:  ## remove what the other targets made, .venv included
+	rm -rf $(VENV) build dist report *.egg-info dlkernels/*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+install: $(VENV)/.built
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "dlkernels needs Python 3.10 or newer; set PYTHON=python3.x")'
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "no working venv module: on Debian and Ubuntu, apt install python3-venv"; exit 1; }
+	@touch $@
+
+# Torch first and pinned: whatever is installed after it finds its requirement met.
+$(VENV)/.requirements: $(VENV)/.made pyproject.toml $(CONSTRAINTS)
+	$(PIP) install --quiet --constraint $(CONSTRAINTS) torch setuptools wheel pybind11 ninja numpy
+	$(BIN)/python .ci/requirements.py | $(PIP) install --quiet --constraint $(CONSTRAINTS) --requirement /dev/stdin
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.requirements $(SOURCES)
+	$(PIP) install --quiet --no-build-isolation --no-deps --editable .
+	@touch $@

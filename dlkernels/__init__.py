@@ -1,0 +1,12 @@
+"""dlkernels: the operations of a deep-learning curriculum as fast, readable kernels behind PyTorch autograd Functions."""
+
+from . import backend, ops  # noqa: F401  the contracts define the ops that the libraries below implement
+from .backend import explain
+from .registry import OPS
+
+backend.load()
+
+from . import functional, nn, optim  # noqa: E402
+
+__version__ = "0.1.0"
+__all__ = ["OPS", "explain", "functional", "nn", "optim"]

@@ -1,0 +1,133 @@
+"""Which CPU library is loaded, which implementation a tensor gets, and why."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._C import _AutoDispatchBelowAutograd as below_autograd
+
+_HERE = Path(__file__).parent
+_LIBRARY = torch.library.Library("dlkernels", "DEF")  # holds the schemas; dies with the process
+TRITON_ON_CPU = os.environ.get("DLKERNELS_BACKEND") == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def supported_isas() -> list[str]:
+    """Instruction sets that this CPU can run and this build holds, slowest first."""
+    from . import _host
+
+    return [isa for isa in _host.supported_isas() if library_path(isa) is not None]
+
+
+def library_path(isa: str) -> Path | None:
+    """The shared library built for ``isa``, or None where this build has none."""
+    return next(iter(sorted(_HERE.glob(f"_cpu_{isa}.*so"))), None)
+
+
+@cache
+def isa() -> str:
+    """The instruction set in use: ``DLKERNELS_ISA`` where it is set, else the best one this CPU supports.
+
+    Raises:
+        RuntimeError: the CPU cannot run the one asked for, or the package was built without its C++ part.
+    """
+    from . import _host
+
+    supported = supported_isas()
+    if not supported:
+        raise RuntimeError("dlkernels was installed without its C++ kernels; reinstall with a C++ compiler (g++ or clang++) on the PATH")
+    wanted = os.environ.get("DLKERNELS_ISA") or _host.preferred_isa()
+    if wanted not in supported:
+        raise RuntimeError(f"DLKERNELS_ISA={wanted} cannot run on this CPU ({_host.cpu_name()}); supported here: {', '.join(supported)}")
+    return wanted
+
+
+@cache
+def load_cpu() -> str:
+    """Load the CPU kernels (once) and return their instruction set."""
+    from . import _host
+
+    chosen = isa()
+    if chosen == "avx512_amx" and not _host.request_amx():
+        raise RuntimeError("the operating system refuses the AMX tile registers to this process; set DLKERNELS_ISA=avx512")
+    torch.ops.load_library(str(library_path(chosen)))
+    return chosen
+
+
+@cache
+def load_gpu(key: str = "CUDA") -> None:
+    """Attach the Triton launchers to the ops (once), under dispatch key ``key``; the first thing that imports Triton."""
+    from . import gpu
+
+    gpu.register(key)
+
+
+def load() -> None:
+    """Attach the kernels that serve CPU tensors. Those for a GPU follow when the first tensor on one is seen."""
+    if TRITON_ON_CPU:
+        load_gpu("CPU")
+    else:
+        load_cpu()
+
+
+def define(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Define the raw op ``torch.ops.dlkernels.<name>`` and return the function that calls it.
+
+    The raw op has no derivative of its own: called where one would be recorded it raises instead of dropping the gradient. The
+    returned function enters below that check, so it belongs inside an ``autograd.Function`` or where nothing requires grad.
+    """
+    name = schema.split("(")[0]
+    _LIBRARY.define(schema)
+    torch.library.register_fake(f"dlkernels::{name}", fake, lib=_LIBRARY)
+    op = getattr(torch.ops.dlkernels, name).default
+
+    def refuse_grad(keyset: torch.DispatchKeySet, *args: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
+            raise RuntimeError(
+                f"torch.ops.dlkernels.{name} records no gradient, but an argument requires grad; "
+                "call the function in dlkernels.functional, or detach the arguments"
+            )
+        with below_autograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    _LIBRARY.impl(name, refuse_grad, "Autograd", with_keyset=True)
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return op(*args)
+        with below_autograd():
+            return op(*args)
+
+    return call
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What runs for given arguments: ``implementation`` is "cpu (<isa>)", "triton", or "reference"; ``reason`` says why."""
+
+    implementation: str
+    reason: str
+
+
+def explain(op: str, *args: Any) -> Choice:
+    """Say which implementation ``dlkernels.functional``'s ``op`` uses for ``args``.
+
+    Raises:
+        ValueError: ``op`` is not in ``dlkernels.OPS``.
+    """
+    from .registry import OPS
+
+    if op not in OPS:
+        raise ValueError(f"unknown op {op!r}; known: {', '.join(sorted(OPS))}")
+    reason = OPS[op].supports(*args)
+    if reason is not None:
+        return Choice("reference", reason)
+    device = next((a.device.type for a in args if isinstance(a, torch.Tensor)), "cpu")
+    if device == "cpu" and not TRITON_ON_CPU:
+        return Choice(f"cpu ({isa()})", "C++ SIMD kernel")
+    return Choice("triton", "interpreted on the CPU" if device == "cpu" else f"Triton kernel on {device}")

@@ -1,0 +1,78 @@
+"""Real data for the teaching models: 1797 handwritten digits, 8 x 8 pixels, written by 43 people.
+
+The digits come with scikit-learn, so nothing is downloaded. Source: E. Alpaydin and C. Kaynak, "Optical Recognition of
+Handwritten Digits", UCI Machine Learning Repository, 1998.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Split:
+    """Features ``x`` float32 [M, K] and class numbers ``y`` int64 [M], to learn from and to be judged by."""
+
+    x_train: Tensor
+    y_train: Tensor
+    x_val: Tensor
+    y_val: Tensor
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Split:
+        """The same split with its features in ``dtype``, on ``device``."""
+        return Split(
+            self.x_train.to(device, dtype), self.y_train.to(device), self.x_val.to(device, dtype), self.y_val.to(device)
+        )
+
+
+@lru_cache(maxsize=4)
+def digits(seed: int = 0, held_out: float = 0.2) -> Split:
+    """The digits as rows of 64 grey values in [0, 1]: 1437 to train on, 360 held out, every class in proportion.
+
+    Raises ``ImportError`` when scikit-learn is missing.
+    """
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError as error:
+        raise ImportError("the handwritten digits come with scikit-learn, which is missing: pip install dlkernels[course]") from error
+    pixels, labels = load_digits(return_X_y=True)  # grey values 0 .. 16
+    x_train, x_val, y_train, y_val = train_test_split(pixels / 16, labels, test_size=held_out, stratify=labels, random_state=seed)
+    return Split(
+        torch.tensor(x_train, dtype=torch.float32),
+        torch.tensor(y_train, dtype=torch.int64),
+        torch.tensor(x_val, dtype=torch.float32),
+        torch.tensor(y_val, dtype=torch.int64),
+    )
+
+
+def digits_28x28(seed: int = 0) -> Split:
+    """The digits on MNIST's canvas, [M, 784]: every pixel drawn 3 x 3, with a margin of 2."""
+
+    def enlarge(x: Tensor) -> Tensor:
+        canvas = x.reshape(-1, 8, 8).repeat_interleave(3, 1).repeat_interleave(3, 2)
+        return torch.nn.functional.pad(canvas, (2, 2, 2, 2)).reshape(-1, 784)
+
+    small = digits(seed)
+    return Split(enlarge(small.x_train), small.y_train, enlarge(small.x_val), small.y_val)
+
+
+def digits_even_odd(components: int = 20, seed: int = 0) -> Split:
+    """Is the digit even (0) or odd (1)? From its first principal components, each scaled to variance 1, [M, components].
+
+    Mean, directions and scale come from the training rows alone, so that the held-out rows stay unseen.
+    """
+    small = digits(seed)
+    mean = small.x_train.mean(0)
+    _, _, directions = torch.linalg.svd(small.x_train - mean, full_matrices=False)
+    directions = directions[:components].T
+    scale = ((small.x_train - mean) @ directions).std(0)
+
+    def project(x: Tensor) -> Tensor:
+        return (x - mean) @ directions / scale
+
+    return Split(project(small.x_train), small.y_train % 2, project(small.x_val), small.y_val % 2)

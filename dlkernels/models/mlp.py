@@ -1,0 +1,103 @@
+"""Multi-layer perceptrons: layers of neurons, each layer fed by all of the one before.
+
+    plain        h = relu(x W^T + b)                                   per hidden layer
+    curriculum   h = dropout(relu(batch_norm(x W^T + b)))              per hidden layer
+    both         logits = h W^T + b                                    no activation: the loss wants raw scores
+
+    x [M, K]    W [N, K]    b [N]    h [M, N]
+
+Nearly all the arithmetic is the matrix product: 2 M N K flops forward and twice that backward, once for dx = dz W and
+once for dW = dz^T x.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+import dlkernels.nn
+from dlkernels import data
+from dlkernels.models.spec import ModelSpec
+
+
+class MLP(torch.nn.Module):
+    """Linear, BatchNorm, ReLU, Dropout for every hidden size, then one Linear. x [M, in_dim] -> logits [M, out_dim]."""
+
+    def __init__(self, in_dim: int, hidden: Sequence[int], out_dim: int, dropout: float = 0.3, nn: ModuleType = dlkernels.nn) -> None:
+        super().__init__()
+        sizes = _checked_sizes(in_dim, hidden, out_dim)
+        layers: list[torch.nn.Module] = []
+        for K, N in zip(sizes[:-2], sizes[1:-1]):
+            layers += [
+                nn.Linear(K, N),
+                nn.BatchNorm1d(N),  # before the activation, so that half of the neurons fire whatever W and b are
+                nn.ReLU(),
+                nn.Dropout(dropout),
+            ]
+        layers.append(nn.Linear(sizes[-2], sizes[-1]))
+        self.net = nn.Sequential(*layers)
+        he_init(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class PlainMLP(torch.nn.Module):
+    """Linear and ReLU for every hidden size, then one Linear. x [M, in_dim] -> logits [M, out_dim]."""
+
+    def __init__(self, in_dim: int, hidden: Sequence[int], out_dim: int, nn: ModuleType = dlkernels.nn) -> None:
+        super().__init__()
+        sizes = _checked_sizes(in_dim, hidden, out_dim)
+        layers = [linear_relu(nn, K, N) for K, N in zip(sizes[:-2], sizes[1:-1])]
+        self.net = nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1]))
+        he_init(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class LinearThenReLU(torch.nn.Linear):
+    """relu(x W^T + b) in PyTorch's own two calls, with the parameter names of ``dlkernels.nn.LinearReLU``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(super().forward(x))
+
+
+def linear_relu(nn: ModuleType, in_features: int, out_features: int) -> torch.nn.Module:
+    """The namespace's ``LinearReLU``, one kernel, where it has one; otherwise the same layer as two calls."""
+    layer = getattr(nn, "LinearReLU", LinearThenReLU)
+    return layer(in_features, out_features)
+
+
+def he_init(model: torch.nn.Module) -> None:
+    """Weights from a normal distribution of variance 2 / K, biases zero: He et al. 2015, arXiv:1502.01852, equation 10.
+
+    A ReLU discards half of the signal's mean square; the 2 puts it back, so the size of the activations survives any depth.
+    """
+    for weight in model.parameters():
+        if weight.dim() == 2:  # the weight of a Linear, [N, K]; a BatchNorm's has one dimension and starts at 1
+            torch.nn.init.kaiming_normal_(weight, nonlinearity="relu")
+    for name, bias in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.zeros_(bias)
+
+
+def parameter_count(model: torch.nn.Module) -> int:
+    """How many numbers training may change."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _checked_sizes(in_dim: int, hidden: Sequence[int], out_dim: int) -> list[int]:
+    sizes = [in_dim, *hidden, out_dim]
+    if any(not isinstance(size, int) or size < 1 for size in sizes):
+        raise ValueError(f"in_dim, hidden and out_dim must be positive integers, got in_dim={in_dim}, hidden={list(hidden)}, out_dim={out_dim}")
+    return sizes
+
+
+def _batch(M: int, in_dim: int, classes: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(M, in_dim, generator=generator), torch.randint(classes, (M,), generator=generator)

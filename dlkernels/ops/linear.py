@@ -1,0 +1,245 @@
+r"""linear: y = act(x Wᵀ + b), one product with the bias and the activation applied to each tile before it leaves the cache.
+
+Forward     z[m,n] = Σ_k x[m,k] W[n,k] + b[n]          y = act(z)
+Backward    dz     = dy · act'(z)                       never stored: formed while the products below read it
+            dx[m,k] = Σ_n dz[m,n] W[n,k]
+            dW[n,k] = Σ_m dz[m,n] x[m,k]
+            db[n]   = Σ_m dz[m,n]
+
+relu, leaky_relu, sigmoid and tanh have a derivative that y alone determines, so y is what the backward keeps; gelu and silu need z, which
+the forward then writes beside y.
+
+Shapes      x (*, K)   weight (N, K)   bias (N,) or None   y (*, N);   * is any number of batch dimensions, M their product
+Work        2MNK flops forward, 4MNK backward; MK + NK + N + MN elements moved forward: the flops decide unless M is small, when reading W does
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..backend import define
+from ..registry import FLOATS, Cost, Op, register
+
+
+class Activation(NamedTuple):
+    """``code`` is what the kernels switch on; ``keeps`` is what the backward needs: "z", "y" or nothing."""
+
+    code: int
+    keeps: str
+    reference: Callable[[Tensor, float], Tensor]
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "none": Activation(0, "", lambda z, slope: z),
+    "relu": Activation(1, "y", lambda z, slope: F.relu(z)),
+    "gelu": Activation(2, "z", lambda z, slope: F.gelu(z)),
+    "gelu_tanh": Activation(3, "z", lambda z, slope: F.gelu(z, approximate="tanh")),
+    "leaky_relu": Activation(4, "y", F.leaky_relu),
+    "sigmoid": Activation(5, "y", lambda z, slope: torch.sigmoid(z)),
+    "tanh": Activation(6, "y", lambda z, slope: torch.tanh(z)),
+    "silu": Activation(7, "z", lambda z, slope: F.silu(z)),
+}
+
+
+def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None, activation: int, slope: float, save: bool) -> tuple[Tensor, Tensor]:
+    shape = (x.shape[0], weight.shape[0])
+    return x.new_empty(shape), x.new_empty(shape if save else (0,))
+
+
+def _backward_fake(
+    dy: Tensor, x: Tensor, weight: Tensor, saved: Tensor, activation: int, slope: float, need_dx: bool, need_dweight: bool, need_dbias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape if need_dx else (0,)),
+        x.new_empty(weight.shape if need_dweight else (0,)),
+        x.new_empty((weight.shape[0],) if need_dbias else (0,)),
+    )
+
+
+_forward = define(
+    "linear_forward(Tensor x, Tensor weight, Tensor? bias, int activation, float slope, bool save) -> (Tensor y, Tensor z)", _forward_fake
+)
+_backward = define(
+    "linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor saved, int activation, float slope, "
+    "bool need_dx, bool need_dweight, bool need_dbias) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    _backward_fake,
+)
+
+
+class _Linear(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation, slope: float) -> tuple[Tensor, Tensor]:
+        return _forward(x, weight, bias, act.code, slope, act.keeps == "z")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, weight, bias, ctx.act, ctx.slope = inputs
+        y, z = output
+        ctx.mark_non_differentiable(z)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, bias, y if ctx.act.keeps == "y" else z)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, _dz: None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return None, None, None, None, None
+        x, weight, bias, saved = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():  # create_graph=True: differentiate the definition, so that second derivatives exist
+            wanted = [t for t, need in zip((x, weight, bias), needs, strict=True) if need]
+            found = iter(torch.autograd.grad(_reference(x, weight, bias, ctx.act, ctx.slope), wanted, dy, create_graph=True))
+            return *(next(found) if need else None for need in needs), None, None
+        grads = _backward(dy, x, weight, saved, ctx.act.code, ctx.slope, *needs)
+        return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None
+
+
+def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation, slope: float) -> Tensor:
+    return act.reference(F.linear(x, weight, bias), slope)
+
+
+def _unsupported(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
+    """Why the definition in PyTorch's own operations runs for these arguments, or None where a kernel does."""
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    for name, t in zip(("input", "weight", "bias"), tensors, strict=False):
+        if type(t) not in _KERNEL_TYPES and not _is_tracing(t):
+            return f"{name} is a {type(t).__name__}; kernels take plain tensors"
+        if t.dtype not in FLOATS:
+            return f"{name} has dtype {t.dtype}; kernels take float32, float64, bfloat16 and float16"
+        if t.layout is not torch.strided:
+            return f"{name} has layout {t.layout}; kernels take strided tensors"
+        if t.device.type not in ("cpu", "cuda", "meta"):
+            return f"{name} is on {t.device.type}; kernels run on cpu and cuda"
+        if t.device != x.device:
+            return f"{name} is on {t.device} and input on {x.device}"
+    if x.dim() == 0 or weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
+        return f"shapes {', '.join(str(tuple(t.shape)) for t in tensors)} are not (*, K), (N, K) and (N,)"
+    return None
+
+
+_KERNEL_TYPES = (Tensor, torch.nn.Parameter)
+
+
+def _is_tracing(t: Tensor) -> bool:
+    """FakeTensor and FunctionalTensor stand for a plain tensor while a graph is traced."""
+    from torch._subclasses import FakeTensor
+    from torch._subclasses.functional_tensor import FunctionalTensor
+
+    return isinstance(t, (FakeTensor, FunctionalTensor))
+
+
+def linear_act(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "relu", negative_slope: float = 0.01
+) -> Tensor:
+    """act(input Wᵀ + bias) in one kernel.
+
+    Args:
+        input: ``(*, K)``, float32, float64, bfloat16 or float16; any strides.
+        weight: ``(N, K)``, same dtype and device.
+        bias: ``(N,)`` or None.
+        activation: one of "none", "relu", "gelu" (erf), "gelu_tanh", "leaky_relu", "sigmoid", "tanh", "silu".
+        negative_slope: slope of leaky_relu for z < 0.
+
+    Returns:
+        ``(*, N)`` in the input's dtype; under autocast in its dtype, as ``torch.nn.functional.linear``.
+
+    Raises:
+        ValueError: ``activation`` is unknown. RuntimeError: sizes or dtypes do not fit. TypeError: an argument is not a tensor.
+    """
+    act = ACTIVATIONS.get(activation)
+    if act is None:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+    for name, t in (("input", input), ("weight", weight), ("bias", bias)):
+        if not isinstance(t, Tensor) and not (name == "bias" and t is None):
+            raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
+    if _unsupported(input, weight, bias) is not None:
+        return _reference(input, weight, bias, act, negative_slope)
+    kind = input.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        input, weight, bias = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (input, weight, bias))
+    x = input if input.dim() == 2 else input.reshape(-1, input.shape[-1]) if input.shape[-1] else input.new_zeros(input.shape[:-1].numel(), 0)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
+        y = _Linear.apply(x, weight, bias, act, negative_slope)[0]
+    else:
+        y = _forward(x, weight, bias, act.code, negative_slope, False)[0]
+    return y if input.dim() == 2 else y.view(*input.shape[:-1], weight.shape[0])
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``torch.nn.functional.linear``: input ``(*, K)``, weight ``(N, K)``, bias ``(N,)`` or None -> ``(*, N)``. See ``linear_act``."""
+    return linear_act(input, weight, bias, "none")
+
+
+def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``relu(linear(input, weight, bias))`` in one kernel. See ``linear_act``."""
+    return linear_act(input, weight, bias, "relu")
+
+
+def _make(factory: Callable[..., Tensor], K: int, N: int, M: int = 0, lead: tuple[int, ...] | None = None, bias: bool = True) -> tuple:
+    return factory(*((M,) if lead is None else lead), K), factory(N, K), factory(N) if bias else None
+
+
+def _cost(K: int, N: int, M: int = 0, lead: tuple[int, ...] | None = None, bias: bool = True) -> Cost:
+    M = M if lead is None else int(torch.Size(lead).numel())
+    moved = M * K + N * K + M * N + N * bias
+    return Cost(2 * M * N * K, 4 * M * N * K, moved, 2 * moved)
+
+
+SAMPLES: list[dict[str, Any]] = [
+    {"M": 1, "K": 1, "N": 1},
+    {"M": 0, "K": 3, "N": 4},
+    {"M": 3, "K": 0, "N": 4},
+    {"M": 3, "K": 4, "N": 0},
+    {"M": 5, "K": 7, "N": 3, "bias": False},
+    {"lead": (), "K": 9, "N": 17},
+    {"lead": (2, 3), "K": 33, "N": 31},
+    {"lead": (2, 1, 5, 3), "K": 16, "N": 65, "bias": False},
+    {"M": 13, "K": 31, "N": 29},
+    {"M": 15, "K": 64, "N": 33},
+    {"M": 65, "K": 129, "N": 67},
+]
+BENCH = [
+    {"M": M, "K": K, "N": N}
+    for M, K, N in [
+        (64, 784, 256), (256, 1024, 1024), (1024, 1024, 1024), (2048, 2048, 2048), (4096, 1024, 4096), (333, 777, 1001), (8, 4096, 4096)
+    ]
+]
+QUICK = [BENCH[i] for i in (0, 2, 6)]
+
+
+def _register(activation: str) -> None:
+    act = ACTIVATIONS[activation]
+
+    def call(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return linear_act(x, weight, bias, activation)
+
+    def native(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return _reference(x, weight, bias, act, 0.01)
+
+    register(
+        Op(
+            name="linear" if activation == "none" else f"linear_{activation}",
+            module="linear",
+            call=call,
+            reference=native,
+            native=native,
+            make=_make,
+            samples=SAMPLES,
+            bench=BENCH if activation == "relu" else QUICK,
+            quick=QUICK if activation == "relu" else BENCH[:1],
+            cost=_cost,
+            raw=("linear_forward", "linear_backward"),
+            supports=_unsupported,
+        )
+    )
+
+
+for _activation in ACTIVATIONS:
+    _register(_activation)
