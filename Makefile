@@ -14,7 +14,7 @@ SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 .PHONY: help report test bench lint clean install
 
 help:  ## print this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1@/p' $(MAKEFILE_LIST) | column -t -s @
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo '  further arguments go in ARGS:  make report ARGS=--quick   make test ARGS="-k linear -x"'
 
 report: install  ## check, benchmark and train on this machine, write report/index.html and print its path
@@ -42,11 +42,10 @@ $(VENV)/.made:
 	@touch $@
 
 # Torch first and pinned: whatever is installed after it finds its requirement met.
-$(VENV)/.requirements: $(VENV)/.made pyproject.toml $(CONSTRAINTS)
-	$(PIP) install --quiet --constraint $(CONSTRAINTS) torch setuptools wheel pybind11 ninja numpy
-	$(BIN)/python .ci/requirements.py | $(PIP) install --quiet --constraint $(CONSTRAINTS) --requirement /dev/stdin
+$(VENV)/.requirements: $(VENV)/.made $(CONSTRAINTS)
+	$(PIP) install --quiet --constraint $(CONSTRAINTS) torch setuptools wheel pybind11 ninja
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.requirements $(SOURCES)
-	$(PIP) install --quiet --no-build-isolation --no-deps --editable .
+	$(PIP) install --quiet --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[test,bench,course]'
 	@touch $@
