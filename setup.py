@@ -1,10 +1,27 @@
 """Build: the CPU kernels once per instruction set, and the torch-free host module. Everything else is in pyproject.toml."""
 
+import os
 import platform
+import shutil
+import sys
 from glob import glob
 
-from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+from setuptools import Extension, setup
+from setuptools.command.build_py import build_py
+
+try:
+    import pybind11
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler
+except ModuleNotFoundError as missing:
+    sys.exit(f"{missing}: building dlkernels needs `pip install 'torch>=2.10' pybind11 ninja` first, or pip without --no-build-isolation")
+
+NO_COMPILER = """
+dlkernels compiles C++ kernels, and there is no C++ compiler {compiler!r} on the PATH. Install one and try again:
+    Debian, Ubuntu   apt install g++
+    Fedora           dnf install gcc-c++
+    conda            conda install -c conda-forge cxx-compiler
+    macOS            xcode-select --install
+or name yours in the environment variable CXX."""
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mprefer-vector-width=512"]
@@ -29,13 +46,30 @@ FLAGS = [
 ]
 
 
-class build_ext(BuildExtension):
-    """The same sources are compiled once per extension, so their objects must not share a folder."""
+class BuildKernels(BuildExtension):
+    """Compiles with ninja on every core this process may use."""
 
-    def build_extension(self, ext):
-        top, self.build_temp = self.build_temp, f"{self.build_temp}/{ext.name}"
+    def build_extensions(self) -> None:
+        compiler = get_cxx_compiler().split()[0]
+        if shutil.which(compiler) is None:
+            sys.exit(NO_COMPILER.format(compiler=compiler))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        os.environ.setdefault("MAX_JOBS", str(cores))
+        super().build_extensions()
+
+    def build_extension(self, ext: Extension) -> None:
+        """The same sources are compiled once per extension, so each has its own folder; it is kept, so only what changed is rebuilt."""
+        self.build_temp = f"build/{sys.implementation.cache_tag}/{ext.name}"
         super().build_extension(ext)
-        self.build_temp = top
+
+
+class CopySources(build_py):
+    """Puts the C++ sources into the wheel: `dlkernels show` prints them from an installed package too."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            self.copy_tree("csrc", f"{self.build_lib}/dlkernels/_csrc")
 
 
 cpu = [
@@ -46,4 +80,9 @@ cpu = [
     for isa, flags in ISA.items()
 ]
 
-setup(ext_modules=cpu, cmdclass={"build_ext": build_ext}, options={"bdist_wheel": {"py_limited_api": "cp310"}})
+host = Extension(
+    "dlkernels._host", sorted(glob("csrc/host/*.cpp")), include_dirs=[pybind11.get_include()], extra_compile_args=["-O3", "-g0", "-fvisibility=hidden"],
+    depends=sorted(glob("csrc/host/*.h")), language="c++",
+)
+
+setup(ext_modules=[host, *cpu], cmdclass={"build_ext": BuildKernels, "build_py": CopySources})
