@@ -24,9 +24,7 @@ class Split:
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Split:
         """The same split with its features in ``dtype``, on ``device``."""
-        return Split(
-            self.x_train.to(device, dtype), self.y_train.to(device), self.x_val.to(device, dtype), self.y_val.to(device)
-        )
+        return Split(self.x_train.to(device, dtype), self.y_train.to(device), self.x_val.to(device, dtype), self.y_val.to(device))
 
 
 @lru_cache(maxsize=4)

@@ -12,8 +12,8 @@ once for dW = dz^T x.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from itertools import pairwise
 from types import ModuleType
 
 import torch
@@ -31,7 +31,7 @@ class MLP(torch.nn.Module):
         super().__init__()
         sizes = _checked_sizes(in_dim, hidden, out_dim)
         layers: list[torch.nn.Module] = []
-        for K, N in zip(sizes[:-2], sizes[1:-1]):
+        for K, N in pairwise(sizes[:-1]):
             layers += [
                 nn.Linear(K, N),
                 nn.BatchNorm1d(N),  # before the activation, so that half of the neurons fire whatever W and b are
@@ -52,7 +52,7 @@ class PlainMLP(torch.nn.Module):
     def __init__(self, in_dim: int, hidden: Sequence[int], out_dim: int, nn: ModuleType = dlkernels.nn) -> None:
         super().__init__()
         sizes = _checked_sizes(in_dim, hidden, out_dim)
-        layers = [linear_relu(nn, K, N) for K, N in zip(sizes[:-2], sizes[1:-1])]
+        layers = [linear_relu(nn, K, N) for K, N in pairwise(sizes[:-1])]
         self.net = nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1]))
         he_init(self)
 
@@ -94,10 +94,44 @@ def parameter_count(model: torch.nn.Module) -> int:
 def _checked_sizes(in_dim: int, hidden: Sequence[int], out_dim: int) -> list[int]:
     sizes = [in_dim, *hidden, out_dim]
     if any(not isinstance(size, int) or size < 1 for size in sizes):
-        raise ValueError(f"in_dim, hidden and out_dim must be positive integers, got in_dim={in_dim}, hidden={list(hidden)}, out_dim={out_dim}")
+        raise ValueError(
+            f"in_dim, hidden and out_dim must be positive integers, got in_dim={in_dim}, hidden={list(hidden)}, out_dim={out_dim}"
+        )
     return sizes
 
 
 def _batch(M: int, in_dim: int, classes: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     return torch.randn(M, in_dim, generator=generator), torch.randint(classes, (M,), generator=generator)
+
+
+# lr and weight_decay were chosen by held-out accuracy over six seeds, which flatters that accuracy a little.
+SPECS = [
+    ModelSpec(
+        name="mlp_plain",
+        title="784-256-128-10, Linear+ReLU, digits on MNIST's canvas, batch 64",
+        build=lambda nn: PlainMLP(784, [256, 128], 10, nn=nn),
+        batch=lambda: _batch(64, 784, 10),
+        data=data.digits_28x28,
+        lr=3e-3,
+        weight_decay=0.5,
+    ),
+    ModelSpec(
+        name="mlp",
+        title="64-128-64-32-10, Linear+BatchNorm+ReLU+Dropout, digits 8x8, batch 64",
+        build=lambda nn: MLP(64, [128, 64, 32], 10, nn=nn),
+        batch=lambda: _batch(64, 64, 10),
+        data=data.digits,
+        lr=1e-2,
+        weight_decay=0.1,
+    ),
+    ModelSpec(
+        name="mlp_even_odd",
+        title="20-128-64-32-2, Linear+BatchNorm+ReLU+Dropout, even or odd digit from 20 principal components, batch 64",
+        build=lambda nn: MLP(20, [128, 64, 32], 2, nn=nn),
+        batch=lambda: _batch(64, 20, 2),
+        data=data.digits_even_odd,
+        lr=1e-2,
+        weight_decay=0.1,
+    ),
+]
