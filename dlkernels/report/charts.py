@@ -1,0 +1,165 @@
+"""What the report draws: the roofline, time against work, and the curves of a training run. Each returns None where it has no points."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from dlkernels.report import units
+from dlkernels.report.data import EAGER, OURS, ModelRun, Panel, Results
+from dlkernels.report.svg import Axis, Plot, Point
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a provider looks everywhere on the page: CSS class for the colour, mark, and the name people know."""
+
+    css: str
+    mark: str
+    name: str
+
+
+def styles(providers: Iterable[str]) -> dict[str, Style]:
+    """A style for each provider; colours are of the Okabe-Ito palette, which colour-blind readers can tell apart."""
+    known = {OURS: Style("ours", "circle", "dlkernels"), EAGER: Style("eager", "square", "PyTorch eager")}
+    spare = iter([("compile", "triangle"), ("peer1", "diamond"), ("peer2", "wedge"), ("peer3", "bar")])
+    chosen = {}
+    for provider in providers:
+        if provider in known:
+            chosen[provider] = known[provider]
+        else:
+            css, mark = next(spare, ("peer3", "bar"))
+            chosen[provider] = Style(css, mark, {"compile": "torch.compile", "native": "native PyTorch"}.get(provider, provider))
+    return chosen
+
+
+def race_chart(panel: Panel, look: Mapping[str, Style]) -> Markup | None:
+    """Median time against work for each provider, with its p20 to p80 band and the time the measured limit allows."""
+    by_flops = all(race.first.flops for race in panel.races)
+    races = [race for race in panel.races if (race.first.flops if by_flops else race.first.bytes)]
+
+    def work(race_index: int) -> float:
+        first = races[race_index].first
+        return (first.flops if by_flops else first.bytes) or 1.0
+
+    xs = [work(i) for i in range(len(races))]
+    times = [t for race in races for timing in race.timings.values() for t in (timing.p20, timing.p80)]
+    if not times:
+        return None
+    limits = [(x, race.limit) for x, race in zip(xs, races, strict=True) if race.limit]
+    plot = Plot(
+        Axis.over(xs, f"work, {'FLOP' if by_flops else 'bytes moved'} (log)", lambda v: units.tick(v, ""), log=True),
+        Axis.over([*times, *(limit for _, limit in limits)], "", lambda v: units.tick(v, "s"), log=True),
+        f"{panel.op}, {panel.dtype}, {panel.direction}: median time against work, log-log. The table holds the same numbers.",
+    )
+    if limits:
+        plot.line(limits, "limit")
+    providers = [name for name in reversed(look) if any(name in race.timings for race in races)]  # ours last, on top
+    for name in providers:
+        found = [(x, race.timings[name], race.label) for x, race in zip(xs, races, strict=True) if name in race.timings]
+        plot.band([(x, t.p20) for x, t, _ in found], [(x, t.p80) for x, t, _ in found], look[name].css)
+        plot.line([(x, t.median) for x, t, _ in found], look[name].css)
+        for x, t, label in found:
+            memory = f", peak memory {units.binary(t.peak_bytes)}" if t.peak_bytes else ""
+            tip = f"{label}\n{look[name].name}: {units.seconds(t.median)} ({units.spread(t.p20, t.p80)}){memory}"
+            plot.mark((x, t.median), look[name].css, look[name].mark, tip)
+    return plot.svg()
+
+
+def roofline(data: Results, dtype: str, look: Mapping[str, Style]) -> Markup | None:
+    """FLOP/s against FLOP per byte for one dtype: measured roofs, and every forward size of ours joined to eager's by a stem."""
+    panels = [panel for panel in data.panels if panel.dtype == dtype]
+    panels = [panel for panel in panels if panel.direction == "forward"] or panels
+    threads = max((panel.threads for panel in panels if panel.threads), default=None)
+    peak = best_peak(data, dtype, threads)
+    slopes = bandwidth_roofs(data, threads)
+    points = [  # intensity, speed, provider, tip
+        (t.flops / t.bytes, t.flops / t.median, name, f"{panel.op} {race.label}\n{look[name].name}: {units.si(t.flops / t.median, 'FLOP/s')}")
+        for panel in panels
+        for race in panel.races
+        for name, t in race.timings.items()
+        if name in (OURS, EAGER) and t.flops and t.bytes
+    ]
+    if not points or peak is None:
+        return None
+    ridges = [peak / speed for speed, _ in slopes]
+    xs = [x for x, *_ in points] + ridges
+    xs += [min([ridge / 10 for ridge in ridges] + xs) / 1.2, max(xs) * 2]  # room for the name of the steepest roof
+    speeds = [y for _, y, *_ in points] + [peak, peak * 1.5]
+    plot = Plot(
+        Axis.over(xs, "FLOP per byte moved (log)", lambda v: units.tick(v, ""), log=True, pad=0),
+        Axis.over(speeds, "", lambda v: units.tick(v, ""), log=True),
+        f"Roofline for {dtype}: speed against arithmetic intensity, with the measured peak and bandwidths.",
+        height=290,
+    )
+    draw_roofs(plot, peak, slopes)
+    for x, y, name, _ in points:
+        if name == OURS:
+            plot_stem(plot, [(px, py) for px, py, other, tip in points if other == EAGER and px == x] or [(x, y)], (x, y))
+    for x, y, name, tip in sorted(points, key=lambda point: point[2] == OURS):
+        plot.mark((x, y), look[name].css, look[name].mark, f"{tip} = {units.percent(y / min([peak, *(x * s for s, _ in slopes[:1])]))} of the roof")
+    return plot.svg()
+
+
+def plot_stem(plot: Plot, feet: Sequence[Point], head: Point) -> None:
+    plot.line([min(feet, key=lambda foot: abs(foot[1] - head[1])), head], "stem")
+
+
+def draw_roofs(plot: Plot, peak: float, slopes: Sequence[tuple[float, str]]) -> None:
+    """The flat roof of arithmetic and one slanted roof per level of memory, each labelled where it is drawn."""
+    low, high = plot.x.low, plot.x.high
+    plot.line([(max(low, min((peak / speed for speed, _ in slopes), default=low)), peak), (high, peak)], "roof")
+    plot.label((high, peak), f"peak {units.si(peak, 'FLOP/s')}", "roof", "end", dx=-3, dy=-6)
+    for speed, name in slopes:
+        start, end = max(low, plot.y.low / speed), peak / speed
+        if start >= end:
+            continue
+        plot.line([(start, start * speed), (end, peak)], "roof")
+        plot.label_along((start, start * speed), (end, peak), f"{name} {units.si(speed, 'B/s')}", "roof")
+
+
+def best_peak(data: Results, dtype: str, threads: int | None) -> float | None:
+    """The measured peak of a dtype at this thread count, or at the largest one measured."""
+    found = [(count == threads, count, speed) for name, count, speed in data.peaks if name == dtype]
+    return max(found)[2] if found else None
+
+
+def bandwidth_roofs(data: Results, threads: int | None) -> list[tuple[float, str]]:
+    """(bytes/s, name) of the fastest level measured and of main memory (the largest working set), fastest first."""
+    counts = {count for _, count, _, _ in data.bandwidths}
+    if not counts:
+        return []
+    count = threads if threads in counts else max(counts)
+    found = [(size, speed) for size, n, speed, _ in data.bandwidths if n == count]
+    largest = max(size for size, _ in found)
+    memory = max(speed for size, speed in found if size == largest)
+    cache, at = max((speed, size) for size, speed in found)
+    return [(memory, "memory")] if at == largest else [(cache, "cache"), (memory, "memory")]
+
+
+def curve(runs: Mapping[str, ModelRun], look: Mapping[str, Style], name: str, title: str, step: str) -> Markup | None:
+    """One quantity of a training run against the epoch or step, ours over native."""
+    lines: dict[str, list[Point]] = {
+        provider: [(float(i), value) for i, value in enumerate(run.curves[name], start=1) if value is not None]
+        for provider, run in runs.items()
+    }
+    points = [point for line in lines.values() for point in line]
+    if not points:
+        return None
+    as_percent = name == "val_accuracy"
+    plot = Plot(
+        Axis.over([x for x, _ in points], step, lambda v: f"{v:g}", pad=0.03),
+        Axis.over([y for _, y in points], "", lambda v: f"{100 * v:.3g} %" if as_percent else f"{v:.3g}"),
+        f"{title} by {step}",
+        height=230,
+    )
+    for provider in [name for name in reversed(look) if lines.get(name)]:
+        line, style = lines[provider], look[provider]
+        plot.line(line, style.css + ("" if provider == OURS else " under"))
+        stride = max(1, len(line) // 12)
+        for x, y in line[::stride]:
+            shown = units.percent(y, 2) if as_percent else f"{y:.5g}"
+            plot.mark((x, y), style.css, style.mark, f"{style.name}, {step} {x:g}: {shown}")
+    return plot.svg()
