@@ -1,0 +1,49 @@
+"""The Triton twins: one file per op, found by looking. Importing this package imports Triton only when a kernel is asked for.
+
+A kernel file takes part by naming its launchers: ``IMPLEMENTATIONS = {"<raw op>": launcher}``. Nothing else lists it.
+
+    activations.py   the epilogues and their derivatives, as jit functions
+    matmul.py        the one dot tile that every matrix product is cut into
+    linear.py ...    kernels and launchers of one op
+    launch.py        checked entry, device facts, the one call that starts a kernel
+    config.py        which tile sizes: a measured table, else a model of the machine
+    tune.py          measures and writes the table
+    aot.py           compiles what the launchers launch, without a GPU, and reads the machine code
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+
+
+@cache
+def implementations() -> dict[str, Callable[..., Any]]:
+    """Raw op name -> Triton launcher, gathered from every module of this package."""
+    found: dict[str, Callable[..., Any]] = {}
+    for entry in pkgutil.iter_modules(__path__):
+        module = importlib.import_module(f"{__name__}.{entry.name}")
+        found.update(getattr(module, "IMPLEMENTATIONS", {}))
+    return found
+
+
+@cache
+def register(key: str = "CUDA") -> torch.library.Library:
+    """Attach every launcher to ``torch.ops.dlkernels`` under dispatch key ``key``: "CUDA", or "CPU" for Triton's interpreter.
+
+    Raises:
+        RuntimeError: ``key`` is "CPU" but Triton was imported without ``TRITON_INTERPRET=1``.
+    """
+    import triton
+
+    if key == "CPU" and not triton.knobs.runtime.interpret:
+        raise RuntimeError("Triton runs on CPU tensors only in its interpreter: set TRITON_INTERPRET=1 before Python starts")
+    library = torch.library.Library("dlkernels", "IMPL")
+    for name, launcher in implementations().items():
+        library.impl(name, launcher, key)
+    return library
