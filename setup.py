@@ -74,15 +74,21 @@ class CopySources(build_py):
 
 cpu = [
     CppExtension(
-        f"dlkernels._cpu_{isa}", sorted(glob("csrc/cpu/*.cpp")), extra_compile_args=FLAGS + flags, py_limited_api=True,
+        f"dlkernels._cpu_{isa}",
+        sorted(glob("csrc/cpu/*.cpp")),
         depends=sorted(glob("csrc/cpu/*.h")),
+        extra_compile_args=FLAGS + flags,
+        py_limited_api=True,
     )
     for isa, flags in ISA.items()
 ]
-
 host = Extension(
-    "dlkernels._host", sorted(glob("csrc/host/*.cpp")), include_dirs=[pybind11.get_include()], extra_compile_args=["-O3", "-g0", "-fvisibility=hidden"],
-    depends=sorted(glob("csrc/host/*.h")), language="c++",
+    "dlkernels._host",
+    sorted(glob("csrc/host/*.cpp")),
+    depends=sorted(glob("csrc/host/*.h")),
+    include_dirs=[pybind11.get_include()],
+    extra_compile_args=["-O3", "-g0", "-fvisibility=hidden"],
+    language="c++",
 )
 
 setup(ext_modules=[host, *cpu], cmdclass={"build_ext": BuildKernels, "build_py": CopySources})
