@@ -1,0 +1,172 @@
+"""Every op of OPS against float64, in every dtype, layout and corner: nothing here knows what an op computes.
+
+The instruction set and the backend are those of this process; test_isas.py runs this file under the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+from support import (
+    LAYOUTS,
+    SMALL,
+    Args,
+    Results,
+    arguments,
+    assert_accurate,
+    assert_same_bits,
+    cotangents,
+    differentiable,
+    each_dtype,
+    each_op,
+    exact_results,
+    integers,
+    label,
+    largest,
+    map_tensors,
+    middle,
+    results,
+    samples,
+    threads,
+)
+from torch import Tensor
+
+from dlkernels import OPS
+from dlkernels.registry import Op
+
+pytestmark = pytest.mark.isa
+
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Most sizes here are small, and two threads that wait for each other cost more than they save; tests of threads ask for them."""
+    with threads(1):
+        yield
+
+
+each_sample = pytest.mark.parametrize(
+    ("op", "size"), [pytest.param(op, size, id=f"{op.name}-{label(size)}") for op in OPS.values() for size in samples(op)]
+)
+
+
+@each_dtype
+@each_sample
+def test_values_and_gradients(op: Op, size: Mapping[str, Any], dtype: torch.dtype) -> None:
+    assert_accurate(op, arguments(op, size, dtype))
+
+
+def keeps_integers(op: Op) -> bool:
+    """Does the op's definition turn whole numbers into whole numbers, forward and backward? Then no rounding excuses a difference."""
+    for size in op.samples:
+        args = integers(op, size, torch.float64)
+        exact = exact_results(op, args, cotangents(op, args, integer=True))
+        if not all(torch.equal(value, value.round()) for value in exact.values()):
+            return False
+    return True
+
+
+INTEGER_OPS = [op for op in OPS.values() if keeps_integers(op)]
+
+
+def test_some_op_keeps_integers() -> None:
+    assert INTEGER_OPS
+
+
+@each_dtype
+@pytest.mark.parametrize("op", INTEGER_OPS, ids=lambda op: op.name)
+def test_integers_are_exact(op: Op, dtype: torch.dtype) -> None:
+    """Forward and gradients equal the float64 result rounded once."""
+    for size in samples(op):
+        args = integers(op, size, dtype)
+        dys = cotangents(op, args, integer=True)
+        exact = {name: value.to(dtype) for name, value in exact_results(op, args, dys).items()}
+        assert_same_bits(results(op, op.call, args, dys), exact, f"{op.name} {label(size)}")
+
+
+@each_op
+@pytest.mark.parametrize("check", [torch.autograd.gradcheck, torch.autograd.gradgradcheck], ids=lambda check: check.__name__)
+def test_gradcheck(op: Op, check: Any) -> None:
+    for size in samples(op, most=600):
+        args = map_tensors(lambda t: t.requires_grad_(), arguments(op, size, torch.float64))
+        numel = sum(args[i].numel() for i in differentiable(args))
+        assert check(op.call, args, fast_mode=numel > 100), f"{op.name} {label(size)}"
+
+
+@each_op
+@each_dtype
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_layouts(op: Op, dtype: torch.dtype, layout: Any) -> None:
+    """Each argument in turn, then dy, then all of them, laid out unusually."""
+    everything = tuple(range(len(op.make(torch.empty, **op.samples[0]))))
+    for size in [middle(op)] if SMALL else [middle(op), largest(op), next(s for s in op.samples if len(s.get("lead", ())) > 2)]:
+        args = arguments(op, size, dtype)
+        dys = cotangents(op, args)
+        some = [(i,) for i in differentiable(args)] + [()] if size is middle(op) else []
+        for changed in [everything, *some]:
+            unusual = tuple(layout(arg) if i in changed and isinstance(arg, Tensor) else arg for i, arg in enumerate(args))
+            assert_accurate(op, unusual, map_tensors(layout, dys) if len(changed) != 1 else dys)
+
+
+NONFINITE = (float("nan"), float("inf"), float("-inf"))
+
+
+@each_op
+@each_dtype
+def test_nan_and_inf_propagate(op: Op, dtype: torch.dtype) -> None:
+    """A single NaN or infinity at the start, in the middle or at the end of an argument reaches the places that it reaches in native."""
+    args = arguments(op, middle(op), dtype)
+    dys = cotangents(op, args)
+    for i in range(len(args) + 1):
+        target = dys[0] if i == len(args) else args[i]
+        if not isinstance(target, Tensor):
+            continue
+        for place in (0, target.numel() // 2, target.numel() - 1):
+            for value in NONFINITE:
+                spoiled = target.clone()
+                spoiled.view(-1)[place] = value
+                some = tuple(spoiled if j == i else arg for j, arg in enumerate(args))
+                some_dys = (spoiled, *dys[1:]) if i == len(args) else dys
+                assert_same_places(op, some, some_dys, f"{op.name}: {value} at {place} of argument {i}")
+
+
+def assert_same_places(op: Op, args: Args, dys: Args, what: str) -> None:
+    ours, native = results(op, op.call, args, dys), results(op, op.native, args, dys)
+    for name, value in ours.items():
+        for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+            places, wanted = kind(value), kind(native[name])
+            assert torch.equal(places, wanted), f"{what}: {kind.__name__}({name}) is true {places.sum()} times, native's {wanted.sum()} times"
+
+
+@each_op
+@each_dtype
+def test_twenty_runs_give_the_same_bits(op: Op, dtype: torch.dtype) -> None:
+    args = arguments(op, largest(op), dtype)
+    dys = cotangents(op, args)
+    with threads(2):
+        first = results(op, op.call, args, dys)
+        for _ in range(2 if SMALL else 19):
+            assert_same_bits(results(op, op.call, args, dys), first, op.name)
+
+
+@each_op
+@each_dtype
+def test_two_threads_are_as_accurate(op: Op, dtype: torch.dtype) -> None:
+    with threads(2):
+        assert_accurate(op, arguments(op, largest(op), dtype))
+
+
+@each_op
+def test_a_wrong_result_is_noticed(op: Op) -> None:
+    """The rule that all of the above rests on does fail: for one wrong number, a missing one, and a NaN, in any quantity."""
+    args = arguments(op, middle(op), torch.float32)
+    dys = cotangents(op, args)
+    right = results(op, op.call, args, dys)
+    for name, value in right.items():
+        for wrong in (value.roll(1, -1), value[..., :-1], value.where(value < value.max(), float("nan"))):
+            spoiled: Results = right | {name: wrong}
+            with pytest.raises(AssertionError):
+                assert_accurate(op, args, dys, spoiled)
