@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from dlkernels.report import units
-from dlkernels.report.data import EAGER, OURS, ModelRun, Panel, Results
+from dlkernels.report.data import EAGER, OURS, ModelRun, Panel, Results, Timing
 from dlkernels.report.svg import Axis, Plot, Point
 
 
@@ -53,6 +53,7 @@ def race_chart(panel: Panel, look: Mapping[str, Style]) -> Markup | None:
         Axis.over(xs, f"work, {'FLOP' if by_flops else 'bytes moved'} (log)", lambda v: units.tick(v, ""), log=True),
         Axis.over([*times, *(limit for _, limit in limits)], "", lambda v: units.tick(v, "s"), log=True),
         f"{panel.op}, {panel.dtype}, {panel.direction}: median time against work, log-log. The table holds the same numbers.",
+        height=300,
     )
     if limits:
         plot.line(limits, "limit")
@@ -68,6 +69,16 @@ def race_chart(panel: Panel, look: Mapping[str, Style]) -> Markup | None:
     return plot.svg()
 
 
+@dataclass(frozen=True)
+class RoofPoint:
+    """One timing on the roofline: FLOP per byte, FLOP/s, and the op and size it belongs to."""
+
+    intensity: float
+    speed: float
+    timing: Timing
+    name: str
+
+
 def roofline(data: Results, dtype: str, look: Mapping[str, Style]) -> Markup | None:
     """FLOP/s against FLOP per byte for one dtype: measured roofs, and every forward size of ours joined to eager's by a stem."""
     panels = [panel for panel in data.panels if panel.dtype == dtype]
@@ -75,8 +86,8 @@ def roofline(data: Results, dtype: str, look: Mapping[str, Style]) -> Markup | N
     threads = max((panel.threads for panel in panels if panel.threads), default=None)
     peak = best_peak(data, dtype, threads)
     slopes = bandwidth_roofs(data, threads)
-    points = [  # intensity, speed, provider, tip
-        (t.flops / t.bytes, t.flops / t.median, name, f"{panel.op} {race.label}\n{look[name].name}: {units.si(t.flops / t.median, 'FLOP/s')}")
+    points = [
+        RoofPoint(t.flops / t.bytes, t.flops / t.median, t, f"{panel.op} {race.label}")
         for panel in panels
         for race in panel.races
         for name, t in race.timings.items()
@@ -84,40 +95,39 @@ def roofline(data: Results, dtype: str, look: Mapping[str, Style]) -> Markup | N
     ]
     if not points or peak is None:
         return None
-    ridges = [peak / speed for speed, _ in slopes]
-    xs = [x for x, *_ in points] + ridges
-    xs += [min([ridge / 10 for ridge in ridges] + xs) / 1.2, max(xs) * 2]  # room for the name of the steepest roof
-    speeds = [y for _, y, *_ in points] + [peak, peak * 1.5]
+    xs = [point.intensity for point in points] + [peak / speed for speed, _ in slopes]
+    xs += [min([peak / speed / 10 for speed, _ in slopes] + xs) / 1.2, max(xs) * 2]  # room for the name of the steepest roof
     plot = Plot(
-        Axis.over(xs, "FLOP per byte moved (log)", lambda v: units.tick(v, ""), log=True, pad=0),
-        Axis.over(speeds, "", lambda v: units.tick(v, ""), log=True),
+        Axis.over(xs, "FLOP per byte moved (log)", lambda v: f"{v:g}", log=True, pad=0),
+        Axis.over([point.speed for point in points] + [peak, peak * 1.5], "", lambda v: units.tick(v, ""), log=True),
         f"Roofline for {dtype}: speed against arithmetic intensity, with the measured peak and bandwidths.",
         height=290,
     )
     draw_roofs(plot, peak, slopes)
-    for x, y, name, _ in points:
-        if name == OURS:
-            plot_stem(plot, [(px, py) for px, py, other, tip in points if other == EAGER and px == x] or [(x, y)], (x, y))
-    for x, y, name, tip in sorted(points, key=lambda point: point[2] == OURS):
-        plot.mark((x, y), look[name].css, look[name].mark, f"{tip} = {units.percent(y / min([peak, *(x * s for s, _ in slopes[:1])]))} of the roof")
+    feet = {(point.name, point.intensity): point.speed for point in points if point.timing.provider == EAGER}
+    for point in points:
+        foot = feet.get((point.name, point.intensity))
+        if foot and point.timing.provider == OURS:
+            plot.line([(point.intensity, foot), (point.intensity, point.speed)], "stem")
+    for point in sorted(points, key=lambda point: point.timing.provider == OURS):
+        style, share = look[point.timing.provider], point.timing.limit_fraction
+        of_limit = f", {units.percent(share)} of its limit" if share else ""
+        tip = f"{point.name}\n{style.name}: {units.si(point.speed, 'FLOP/s')}{of_limit}"
+        plot.mark((point.intensity, point.speed), style.css, style.mark, tip)
     return plot.svg()
-
-
-def plot_stem(plot: Plot, feet: Sequence[Point], head: Point) -> None:
-    plot.line([min(feet, key=lambda foot: abs(foot[1] - head[1])), head], "stem")
 
 
 def draw_roofs(plot: Plot, peak: float, slopes: Sequence[tuple[float, str]]) -> None:
     """The flat roof of arithmetic and one slanted roof per level of memory, each labelled where it is drawn."""
     low, high = plot.x.low, plot.x.high
     plot.line([(max(low, min((peak / speed for speed, _ in slopes), default=low)), peak), (high, peak)], "roof")
-    plot.label((high, peak), f"peak {units.si(peak, 'FLOP/s')}", "roof", "end", dx=-3, dy=-6)
+    plot.label((high, peak), f"peak {units.si(peak, 'FLOP/s')}")
     for speed, name in slopes:
         start, end = max(low, plot.y.low / speed), peak / speed
         if start >= end:
             continue
         plot.line([(start, start * speed), (end, peak)], "roof")
-        plot.label_along((start, start * speed), (end, peak), f"{name} {units.si(speed, 'B/s')}", "roof")
+        plot.label_along((start, start * speed), (end, peak), f"{name} {units.si(speed, 'B/s')}")
 
 
 def best_peak(data: Results, dtype: str, threads: int | None) -> float | None:
@@ -153,7 +163,8 @@ def curve(runs: Mapping[str, ModelRun], look: Mapping[str, Style], name: str, ti
         Axis.over([x for x, _ in points], step, lambda v: f"{v:g}", pad=0.03),
         Axis.over([y for _, y in points], "", lambda v: f"{100 * v:.3g} %" if as_percent else f"{v:.3g}"),
         f"{title} by {step}",
-        height=230,
+        width=280,
+        height=190,
     )
     for provider in [name for name in reversed(look) if lines.get(name)]:
         line, style = lines[provider], look[provider]

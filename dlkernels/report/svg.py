@@ -101,7 +101,7 @@ class Plot:
         return LEFT + across * self.x.place(x), TOP + down * (1 - self.y.place(y))
 
     def add(self, tag: str, css: str, text: str | None = None, **attributes: str | float) -> ElementTree.Element:
-        shown = {key.rstrip("_").replace("_", "-"): coordinate(value) for key, value in attributes.items()}
+        shown = {key: f"{value:.1f}" if isinstance(value, int | float) else value for key, value in attributes.items()}
         element = ElementTree.SubElement(self.root, tag, {"class": css, **shown})
         element.text = text
         return element
@@ -109,16 +109,16 @@ class Plot:
     def frame(self) -> None:
         """Grid, ticks and the names of the axes."""
         bottom, right = self.height - BOTTOM, self.width - RIGHT
-        for tick in self.x.ticks(6):
-            px, _ = self.at(tick, self.y.low)
-            self.add("path", "grid", d=f"M{px:.1f},{TOP}V{bottom}")
-            self.add("text", "tick", self.x.show(tick), x=px, y=bottom + 14, text_anchor="middle")
-        for tick in self.y.ticks(6):
-            _, py = self.at(self.x.low, tick)
-            self.add("path", "grid", d=f"M{LEFT},{py:.1f}H{right}")
-            self.add("text", "tick", self.y.show(tick), x=LEFT - 6, y=py + 3.5, text_anchor="end")
-        self.add("path", "axis", d=f"M{LEFT},{TOP}V{bottom}H{right}")
-        self.add("text", "name", self.x.label, x=right, y=self.height - 7, text_anchor="end")
+        columns = [(tick, self.at(tick, self.y.low)[0]) for tick in self.x.ticks(self.width // 65)]
+        rows = [(tick, self.at(self.x.low, tick)[1]) for tick in self.y.ticks(self.height // 42)]
+        lines = [f"M{x:.1f},{TOP:g}V{bottom:g}" for _, x in columns] + [f"M{LEFT:g},{y:.1f}H{right:g}" for _, y in rows]
+        self.add("path", "grid", d="".join(lines))
+        for tick, x in columns:
+            self.add("text", "middle", self.x.show(tick), x=x, y=bottom + 14)
+        for tick, y in rows:
+            self.add("text", "end", self.y.show(tick), x=LEFT - 6, y=y + 3.5)
+        self.add("path", "axis", d=f"M{LEFT:g},{TOP:g}V{bottom:g}H{right:g}")
+        self.add("text", "end", self.x.label, x=right, y=self.height - 7)
 
     def line(self, points: Sequence[Point], css: str) -> None:
         self.add("path", f"line {css}", d=outline([self.at(*p) for p in points]))
@@ -132,26 +132,23 @@ class Plot:
         mark = self.add("path", f"mark {css}", d=f"M{px:.1f},{py:.1f}{MARKS[shape]}")
         ElementTree.SubElement(mark, "title").text = tip
 
-    def label(self, point: Point, text: str, css: str = "", anchor: str = "start", dx: float = 0, dy: float = 0) -> None:
+    def label(self, point: Point, text: str) -> None:
+        """Text that ends just above and left of a point."""
         px, py = self.at(*point)
-        self.add("text", f"label {css}".strip(), text, x=px + dx, y=py + dy, text_anchor=anchor)
+        self.add("text", "label end", text, x=px - 3, y=py - 6)
 
-    def label_along(self, start: Point, end: Point, text: str, css: str = "") -> None:
+    def label_along(self, start: Point, end: Point, text: str) -> None:
         """Text above the line from start to end, parallel to it, ending shortly before `end`."""
         (x0, y0), (x1, y1) = self.at(*start), self.at(*end)
         length = math.hypot(x1 - x0, y1 - y0)
         across, down = (x1 - x0) / length, (y1 - y0) / length
         x, y = x1 - 12 * across + 5 * down, y1 - 12 * down - 5 * across
         turn = f"rotate({math.degrees(math.atan2(down, across)):.1f} {x:.1f} {y:.1f})"
-        self.add("text", f"label {css}".strip(), text, x=x, y=y, text_anchor="end", transform=turn)
+        self.add("text", "label end", text, x=x, y=y, transform=turn)
 
     def svg(self) -> Markup:
         """The finished element; ElementTree has escaped every text in it."""
         return Markup(ElementTree.tostring(self.root, encoding="unicode"))
-
-
-def coordinate(value: str | float) -> str:
-    return f"{value:.1f}" if isinstance(value, int | float) else value
 
 
 def outline(points: Iterable[Point]) -> str:

@@ -51,13 +51,13 @@ def speed(data: Results) -> Sentence | None:
     if not panels:
         return None
     facts = [
-        f"{panel.direction} {units.times(panel.geomean(EAGER))} the speed of eager PyTorch"
+        f"{panel.direction} {units.times(panel.geomean(EAGER))} eager"
         + (f" and {units.times(compiled)} torch.compile" if (compiled := panel.geomean(COMPILE)) else "")
         for panel in panels
     ]
     sizes = count(max(len(panel.ratios(EAGER)) for panel in panels), "size")
     ahead = all((panel.geomean(EAGER) or 0) >= 1 for panel in panels)
-    return Sentence("good" if ahead else "bad", f"{panels[0].op}, {panels[0].dtype}: {'; '.join(facts)} (geometric mean of {sizes}).")
+    return Sentence("good" if ahead else "bad", f"{panels[0].op}, {panels[0].dtype}: {'; '.join(facts)} (speed, geometric mean of {sizes}).")
 
 
 def limit(data: Results) -> Sentence | None:
