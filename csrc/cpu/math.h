@@ -1,0 +1,167 @@
+// exp, log, tanh, sigmoid, erf and the normal distribution on vectors: arithmetic and selects only, no branch, no table look-up.
+//
+//   vec<float> y = exp<float>(x);         also log, tanh, sigmoid, erf, gauss_cdf, gauss_pdf; and all of them for double
+//
+// Each function does what a textbook does by hand: an identity moves the argument into a short interval, a polynomial serves there, and
+// the identity is undone. NaN gives NaN, -0 stays -0 where the function is odd, infinities give the limits, and no result is flushed to 0.
+//
+// Polynomials are minimax: the Remez exchange in 60-digit arithmetic (tests/remez.py prints every table below), then rounded.
+// Errors are in ulp, the spacing of floating-point numbers at the exact result; tests/test_math.py measures them for every instruction set.
+#pragma once
+#include "simd.h"
+
+template <class T> struct coefficients;
+
+template <> struct coefficients<float> {
+    static constexpr int mantissa = 23, bias = 127;
+    static constexpr float smallest_normal = 0x1p-126f;
+    static constexpr float exp_low = -104, exp_high = 89, tanh_high = 10, gauss_high = 14.5;  // beyond these the result is its limit
+    static constexpr float two_ln2_high = 0x1.62e4p+0, two_ln2_low = 0x1.7f7d1cp-19;          // 2 ln 2 as a sum; high has 15 bits
+    // (e^r - 1 - r) / r^2 on |r| <= ln 2: relative error of e^r 2^-26.0
+    static constexpr float exp[] = {0.500000326f, 0.166666140f, 0.0416613979f, 0.00833614229f, 0.00141026139f, 0.000196038472f};
+    // (log((1 + s) / (1 - s)) - 2s) / s^3 in s^2 on |s| <= 3 - 2 sqrt 2: relative error of the logarithm 2^-37
+    static constexpr float log[] = {0.666666658f, 0.400003011f, 0.285391349f, 0.235517916f};
+    // erf(x) / x - 1 in x^2 on |x| <= 1: relative error 2^-29.7
+    static constexpr float erf[] = {0.128379166f, -0.376126271f, 0.112836002f, -0.0268544456f, 0.00518953646f, -0.000802084570f,
+                                    7.88911916e-5f};
+    // (t + c) e^(t^2/2) Phi(-t) in v = (t - c) / (t + c), c = 4, on 0 <= t <= 14.5: relative error 2^-26.8
+    static constexpr float mills_centre = 4;
+    static constexpr float mills[] = {0.755285135f, -0.607896588f, 0.387136901f, -0.186523441f, 0.0604038300f, -0.00752527185f,
+                                      -0.00351254943f, 0.00156992493f, 0.000179347813f, -0.000131975757f};
+};
+
+template <> struct coefficients<double> {
+    static constexpr int mantissa = 52, bias = 1023;
+    static constexpr double smallest_normal = 0x1p-1022;
+    static constexpr double exp_low = -746, exp_high = 710, tanh_high = 20, gauss_high = 39;
+    static constexpr double two_ln2_high = 0x1.62e42fefa2p+0, two_ln2_low = 0x1.9ef35793c7673p-40;  // high has 40 bits
+    // as above; relative error 2^-56.3
+    static constexpr double exp[] = {0.49999999999999944, 0.16666666666666915, 0.041666666666697778, 0.0083333333332728014,
+                                     0.0013888888883961250, 0.00019841269891649594, 2.4801590678475785e-5, 2.7557300747498207e-6,
+                                     2.7556185368082605e-7, 2.5055058224759418e-8, 2.1060487979406361e-9, 1.5931873751546909e-10};
+    // as above; relative error 2^-59
+    static constexpr double log[] = {0.66666666666666987, 0.39999999999614494, 0.28571428703138927, 0.22222202227015985,
+                                     0.18183389022327908, 0.15318242129550255, 0.14756396981560486};
+    // as above; relative error 2^-57
+    static constexpr double erf[] = {0.12837916709551257, -0.37612638903183547, 0.11283791670945253, -0.026866170643276218,
+                                     0.0052239776074234678, -0.00085483259896967580, 0.00012055295320494294, -1.4924744663335490e-5,
+                                     1.6447517677871874e-6, -1.6209175911748696e-7, 1.3722976265924503e-8, -7.8011888740977516e-10};
+    // as above with c = 6 on 0 <= t <= 39; relative error 2^-55.9
+    static constexpr double mills_centre = 6;
+    static constexpr double mills[] = {0.77735177189336218, -0.70100902959086564, 0.56896889181478748, -0.41390358577558111,
+                                       0.26797424584143930, -0.15268023206481271, 0.075171915673715073, -0.030985315502082348,
+                                       0.010029820587163743, -0.0021316052660865220, 3.2870362701328352e-5, 0.00018136077124189362,
+                                       -6.4753348118732369e-5, 1.0741722822485065e-6, 6.7996434788497891e-6, -1.7960603788347185e-6,
+                                       -4.3438368721948847e-7, 3.0462524822417026e-7, 1.1549185514015713e-8, -3.8026028382531334e-8,
+                                       5.3959794504297812e-10, 2.8906886730542358e-9};
+};
+
+template <class T> using bits = vec<std::make_unsigned_t<ints<T>>>;
+template <class T> inline bits<T> sign(vec<T> x) { return bits_as<bits<T>>(x) & bits_as<bits<T>>(set<T>(T(-0.0))); }
+template <class T> inline vec<T> magnitude(vec<T> x) { return bits_as<vec<T>>(bits_as<bits<T>>(x) ^ sign<T>(x)); }
+template <class T> inline vec<T> with_sign_of(vec<T> x, vec<T> y) { return bits_as<vec<T>>(bits_as<bits<T>>(y) | sign<T>(x)); }  // y >= +0
+
+// c[0] + c[1] x + c[2] x^2 + ... by Horner's rule.
+template <class T, int n> inline vec<T> polynomial(const T (&c)[n], vec<T> x) {
+    vec<T> y = set<T>(c[n - 1]);
+#pragma GCC unroll 32
+    for (int i = n - 2; i >= 0; i--) y = y * x + c[i];
+    return y;
+}
+
+// ---- the exponential family ------------------------------------------------------------------------------------------------------
+
+// x - y = 2 n ln 2 + r with n an integer and |r| <= ln 2, so that e^(x - y) = s e^r s with s = 2^n. y is a small correction to x.
+// An even power of two splits into two equal factors that are always normal numbers: s s overflows, underflows and rounds to subnormals
+// by itself where e^x does. n appears by adding a number so large that the spacing of its neighbours is 1; the exponent bias is in it
+// too, so a shift of the same bits makes s. n * two_ln2_high is exact, with and without fused multiply-add.
+template <class T> struct reduced { vec<T> r, s; };
+template <class T> inline reduced<T> reduce(vec<T> x, vec<T> y = vec<T>{}) {
+    using C = coefficients<T>;
+    constexpr T half_log2e = T(0.72134752044448170368), round = T(3LL << (C::mantissa - 1)) + C::bias;
+    vec<T> shifted = (x - y) * half_log2e + round, n = shifted - round;
+    return {(x - n * C::two_ln2_high) - n * C::two_ln2_low - y, bits_as<vec<T>>(bits_as<bits<T>>(shifted) << C::mantissa)};
+}
+
+// e^r - 1 = r + r^2 Q(r), nowhere cancelling.
+template <class T> inline vec<T> expm1_reduced(vec<T> r) { return r + r * r * polynomial(coefficients<T>::exp, r); }
+
+// e^(x - y) for |y| much smaller than |x|. The clamps keep n in the exponent's range; min and max return their second argument for NaN.
+template <class T> inline vec<T> exp(vec<T> x, vec<T> y = vec<T>{}) {
+    using C = coefficients<T>;
+    x = min(set<T>(C::exp_high), max(set<T>(C::exp_low), x));
+    auto [r, s] = reduce<T>(x, y);
+    return (1 + expm1_reduced<T>(r)) * s * s;
+}
+
+// tanh |x| = -m / (m + 2) with m = e^(-2|x|) - 1 = s^2 (e^r - 1) + (s^2 - 1): near 0 nothing cancels, far out m = -1.
+template <class T> inline vec<T> tanh(vec<T> x) {
+    auto [r, s] = reduce<T>(-2 * min(set<T>(coefficients<T>::tanh_high), magnitude<T>(x)));
+    vec<T> m = s * s * expm1_reduced<T>(r) + (s * s - 1);
+    return with_sign_of<T>(x, magnitude<T>(m) / (m + 2));
+}
+
+// 1 / (1 + e^-x) = e^x / (1 + e^x): with z = e^-|x| <= 1 nothing overflows, and the left tail keeps its relative accuracy.
+template <class T> inline vec<T> sigmoid(vec<T> x) {
+    vec<T> z = exp<T>(-magnitude<T>(x));
+    return (x < 0 ? z : set<T>(1)) / (1 + z);
+}
+
+// ---- the logarithm ---------------------------------------------------------------------------------------------------------------
+
+// x = 2^e (1 + f) with sqrt(1/2) <= 1 + f < sqrt 2, and with s = f / (2 + f)
+//     log(1 + f) = log((1 + s) / (1 - s)) = 2s + s^3 R(s^2) = f - (f^2/2 - s (f^2/2 + s^2 R)),
+// where the last form has f, which is exact, as its leading term (the classical scheme of Sun's fdlibm).
+template <class T> inline vec<T> log(vec<T> x) {
+    using C = coefficients<T>;
+    constexpr T infinity = T(__builtin_inf()), two_to_mantissa = T(1LL << C::mantissa);
+    vec<T> lifted = x < C::smallest_normal ? x * two_to_mantissa : x;  // a subnormal number gets its exponent back
+
+    bits<T> one = bits_as<bits<T>>(set<T>(1)), root = bits_as<bits<T>>(set<T>(T(0.70710678118654752440)));
+    bits<T> u = bits_as<bits<T>>(lifted) + (one - root), biased = u >> C::mantissa;
+    vec<T> f = bits_as<vec<T>>((u - (biased << C::mantissa)) + root) - 1;
+    vec<T> e = bits_as<vec<T>>(biased | bits_as<bits<T>>(set<T>(two_to_mantissa))) - (two_to_mantissa + C::bias);  // integer to T
+    e = x < C::smallest_normal ? e - C::mantissa : e;
+
+    vec<T> s = f / (2 + f), z = s * s, half_square = f * f * T(0.5);
+    vec<T> tail = s * (half_square + z * polynomial(C::log, z)) + e * (C::two_ln2_low / 2);
+    vec<T> y = e * (C::two_ln2_high / 2) + (f - (half_square - tail));
+
+    y = x < infinity ? y : x;  // infinity and NaN
+    return x > 0 ? y : x == 0 ? set<T>(-infinity) : set<T>(T(__builtin_nan("")));
+}
+
+// ---- the normal distribution -----------------------------------------------------------------------------------------------------
+
+// e^(-t^2/2). Rounding t^2 would cost t^2/2 ulp, so t = h + l with h short enough for an exact square: t^2 = h^2 + (t - h)(t + h).
+template <class T> inline vec<T> gauss(vec<T> t) {
+    using C = coefficients<T>;
+    t = min(set<T>(C::gauss_high), t);
+    vec<T> h = bits_as<vec<T>>(bits_as<bits<T>>(t) >> (C::mantissa / 2 + 1) << (C::mantissa / 2 + 1));
+    return exp<T>(h * h * T(-0.5), (t - h) * (t + h) * T(0.5));
+}
+
+// e^(t^2/2) Phi(-t) for t >= 0: Mills' ratio over sqrt(2 pi), smooth and slowly falling like 1/t.
+template <class T> inline vec<T> mills(vec<T> t) {
+    constexpr T c = coefficients<T>::mills_centre;
+    t = min(set<T>(coefficients<T>::gauss_high), t);
+    vec<T> scale = 1 / (t + c);
+    return polynomial(coefficients<T>::mills, (t - c) * scale) * scale;
+}
+
+// Phi(x): the tail below -|x| is e^(-x^2/2) Mills(|x|), and Phi(x) = 1 - Phi(-x).
+template <class T> inline vec<T> gauss_cdf(vec<T> x) {
+    vec<T> t = magnitude<T>(x), tail = gauss<T>(t) * mills<T>(t);
+    return x < 0 ? tail : 1 - tail;
+}
+
+// Phi'(x) = e^(-x^2/2) / sqrt(2 pi).
+template <class T> inline vec<T> gauss_pdf(vec<T> x) { return gauss<T>(magnitude<T>(x)) * T(0.39894228040143267794); }
+
+// |x| < 1: x + x E(x^2). Else 1 - 2 Phi(-sqrt2 |x|), which no longer cancels.
+template <class T> inline vec<T> erf(vec<T> x) {
+    vec<T> a = magnitude<T>(x), t = a * T(1.41421356237309504880);
+    vec<T> near = a + a * polynomial(coefficients<T>::erf, a * a);
+    vec<T> far = 1 - 2 * exp<T>(-(min(set<T>(coefficients<T>::gauss_high), a) * a)) * mills<T>(t);
+    return with_sign_of<T>(x, a < 1 ? near : far);
+}
