@@ -1,4 +1,4 @@
-"""docs/adding_an_op.md works: its three files, put into a copy of the package and built, pass the generic tests, and nothing else changed."""
+"""docs/adding_an_op.md works: its three files, put into a copy of the package and built, pass the generic tests; nothing else is edited."""
 
 from __future__ import annotations
 
