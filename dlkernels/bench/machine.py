@@ -92,7 +92,7 @@ def _compiler() -> str | None:
 
 
 def _comment_section(binary: bytes) -> str | None:
-    """"GCC: (Debian 12.2.0) 12.2.0" from an ELF file's .comment section, which is plain text."""
+    """ "GCC: (Debian 12.2.0) 12.2.0" from an ELF file's .comment section, which is plain text."""
     for mark in (b"GCC: (", b"clang version "):
         start = binary.find(mark)
         if start >= 0:

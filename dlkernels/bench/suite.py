@@ -1,0 +1,256 @@
+"""The benchmark suite: every op of OPS against native PyTorch, torch.compile and its peers, beside the machine's measured limit.
+
+`plan` fixes the order: what matters most comes first, so a run that is out of time has measured the right things. `run` yields rows of
+the results file as they are finished.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ..registry import Op
+from .check import errors
+from .inputs import dtype_name, label
+from .providers import FORWARD, TRAINING, Case, Field, line_up
+from .results import Row
+from .timing import Interrupted, Timing, interleave
+
+EXACT_FLOPS, EXACT_ELEMENTS = 3e8, 3e6  # up to here float64 costs little and the full rule is applied; beyond, agreement with eager
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How much to measure. Seconds; `budget` and `compile_reserve` are for the whole suite, the others for one case."""
+
+    name: str
+    budget: float
+    compile_reserve: float
+    min_seconds: float
+    min_samples: int
+    max_seconds: float
+    longest_case: float  # a case expected to take longer is left out
+
+
+QUICK = Mode("quick", budget=32, compile_reserve=12, min_seconds=0.1, min_samples=7, max_seconds=0.7, longest_case=4)
+DEFAULT = Mode("default", budget=170, compile_reserve=40, min_seconds=0.3, min_samples=15, max_seconds=2.0, longest_case=15)
+FULL = Mode("full", budget=float("inf"), compile_reserve=0, min_seconds=0.5, min_samples=21, max_seconds=10.0, longest_case=120)
+MODES = {mode.name: mode for mode in (QUICK, DEFAULT, FULL)}
+
+
+def headline(ops: Sequence[Op]) -> list[Op]:
+    """One op per module, the one with the most benchmark sizes: the others share its kernels."""
+    by_module: dict[str, Op] = {}
+    for op in ops:
+        if len(op.bench) > len(by_module.get(op.module, op).bench) or op.module not in by_module:
+            by_module[op.module] = op
+    return list(by_module.values())
+
+
+def plan(ops: Sequence[Op], mode: Mode, dtypes: Sequence[torch.dtype] | None = None, compiled: bool | None = None) -> list[Case]:
+    """The cases in the order of their weight.
+
+    Headline ops come before those that share their kernels, quick sizes before the others, and the first of `dtypes` (default: each op's
+    own, float32 first) before the others. `compiled`: race torch.compile everywhere, nowhere, or (None) in full mode everywhere and
+    otherwise at headline sizes, which are then measured once more with it.
+    """
+    heads = headline(ops)
+    everywhere = mode is FULL if compiled is None else compiled
+
+    def cases(some: Sequence[Op], sizes: str, first: bool) -> list[Case]:
+        return [
+            Case(op, size, dtype, direction, everywhere)
+            for op in some
+            for number, dtype in enumerate(_dtypes(op, dtypes))
+            if (number == 0) == first
+            for direction in (FORWARD, TRAINING)
+            for size in sorted(getattr(op, sizes), key=lambda size: op.cost(**size).forward_flops)
+        ]
+
+    with_compile = [replace(case, compiled=True) for case in cases(heads, "quick", True)] if compiled is None and not everywhere else []
+    if mode is QUICK:
+        with_compile = [case for case in with_compile if case.direction == FORWARD and case.size == case.op.quick[0]]
+        other_dtypes = [case for case in cases(heads, "quick", False) if case.size == case.op.quick[0]]
+        stages = [cases(heads, "quick", True), cases(ops, "quick", True), other_dtypes, with_compile]
+    else:
+        stages = [
+            cases(heads, "quick", True),
+            cases(ops, "quick", True),
+            cases(heads, "bench", True),
+            cases(heads, "bench", False),
+            with_compile,
+            cases(ops, "bench", True),
+            cases(ops, "bench", False),
+        ]
+    return _without_repeats([case for stage in stages for case in stage])
+
+
+def _dtypes(op: Op, wanted: Sequence[torch.dtype] | None) -> list[torch.dtype]:
+    return [dtype for dtype in wanted if dtype in op.dtypes] if wanted is not None else list(op.dtypes)
+
+
+def _without_repeats(cases: Sequence[Case]) -> list[Case]:
+    return list({(case.op.name, label(case.size), case.dtype, case.direction, case.compiled): case for case in cases}.values())
+
+
+Progress = Callable[[int, int, str], None]
+
+
+def run(
+    cases: Sequence[Case],
+    mode: Mode,
+    *,
+    device: torch.device | str = "cpu",
+    limits: Mapping[str, Any] | None = None,
+    progress: Progress = lambda done, total, text: None,
+) -> Iterator[tuple[str, list[Row]]]:
+    """Measure `cases` in order, as far as `mode`'s budget reaches; yield (section, rows) of the results file, "bench" mostly.
+
+    "failures" rows name a provider that could not run a case, "skipped" rows a case left out for time. On Ctrl-C the rows of the finished
+    rounds are yielded before KeyboardInterrupt goes on.
+    """
+    start = time.perf_counter()
+    pace: dict[tuple[str, str, str], float] = {}  # seconds per flop of the slowest provider, by op, dtype and direction
+    checked: dict[tuple[str, str, str], bool] = {}
+    for number, case in enumerate(cases):
+        progress(number, len(cases), f"{case.op.name} {label(case.size)} {dtype_name(case.dtype)} {case.direction}")
+        kind = (case.op.name, dtype_name(case.dtype), case.direction)
+        left = mode.budget - (time.perf_counter() - start)
+        expected = pace.get(kind, 0.0) * case.flops * 8 + (mode.compile_reserve / 4 if case.compiled else 0)
+        if left < 0 or expected > min(mode.longest_case + (mode.compile_reserve if case.compiled else 0), max(left, 2 * mode.max_seconds)):
+            reason = "the time budget was spent" if left < expected or left < 0 else f"one case would take about {expected:.0f} s"
+            yield "skipped", [{**case.id, "provider": "compile" if case.compiled else "all", "reason": reason}]
+            continue
+        with torch.no_grad() if case.direction == FORWARD else nullcontext():
+            field = line_up(case, device)
+        if field.failures:
+            yield "failures", [{**case.id, "provider": name, "error": error} for name, error in field.failures.items()]
+        is_right = _check(case, device, checked)
+        try:
+            timings, peaks = _measure(case, field, mode, device)
+        except Interrupted as interruption:
+            yield "bench", _rows(case, field, interruption.timings, {}, is_right, limits)
+            raise
+        if timings and case.flops:
+            pace[kind] = min(pace.get(kind, 1.0), max(timing.median for timing in timings.values()) / case.flops)
+        yield "bench", _rows(case, field, timings, peaks, is_right, limits)
+    progress(len(cases), len(cases), "")
+
+
+def _check(case: Case, device: torch.device | str, checked: dict[tuple[str, str, str], bool]) -> bool:
+    """Is ours right at this size, by the float64 rule? True where float64 would take too long: agreement with eager decides there."""
+    key = (case.op.name, label(case.size), dtype_name(case.dtype))
+    if key not in checked:
+        cost = case.op.cost(**case.size)
+        small = cost.forward_flops <= EXACT_FLOPS and cost.forward_elements <= EXACT_ELEMENTS
+        checked[key] = all(row.ok for row in errors(case.op, case.size, case.dtype, device)) if small else True
+    return checked[key]
+
+
+def _measure(case: Case, field: Field, mode: Mode, device: torch.device | str) -> tuple[dict[str, Timing], dict[str, int | None]]:
+    """Interleaved timings, and the peak memory in bytes where the device counts it."""
+    if not field.calls:
+        return {}, {}
+    with torch.no_grad() if case.direction == FORWARD else nullcontext():
+        timings = interleave(
+            field.calls, min_seconds=mode.min_seconds, min_samples=mode.min_samples, max_seconds=mode.max_seconds, device=device
+        )
+        return timings, {name: _peak_bytes(call, device) for name, call in field.calls.items()}
+
+
+def _peak_bytes(call: Callable[[], object], device: torch.device | str) -> int | None:
+    """What one call allocates at most beyond its arguments; only CUDA's allocator counts it for free."""
+    if torch.device(device).type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _rows(
+    case: Case,
+    field: Field,
+    timings: Mapping[str, Timing],
+    peaks: Mapping[str, int | None],
+    is_right: bool,
+    limits: Mapping[str, Any] | None,
+) -> list[Row]:
+    threads = torch.get_num_threads()
+    limit = _limit_seconds(case, limits, threads)
+    eager = timings["eager"].median if "eager" in timings else None
+    return [
+        {
+            **case.id,
+            "provider": name,
+            "threads": threads,
+            "median_s": timing.median,
+            "p20_s": timing.p20,
+            "p80_s": timing.p80,
+            "samples": len(timing.samples),
+            "flops": case.flops,
+            "bytes": case.bytes,
+            "limit_s": limit,
+            "limit_fraction": limit / timing.median if limit else None,
+            "vs_eager": eager / timing.median if eager else None,
+            "peak_bytes": peaks.get(name),
+            "ok": field.agrees[name] and (is_right or name != "dlkernels"),
+        }
+        for name, timing in timings.items()
+    ]
+
+
+def _limit_seconds(case: Case, limits: Mapping[str, Any] | None, threads: int) -> float | None:
+    if not limits or not limits.get("flops"):
+        return None
+    from .limits import attainable
+
+    return attainable(limits, dtype_name(case.dtype), threads, case.flops, case.bytes)
+
+
+def overhead(ops: Sequence[Op], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[Row]:
+    """The cost of a call in microseconds: each headline op at its smallest sample that computes anything, ours and eager."""
+    for op in headline(ops):
+        size = min((s for s in op.samples if op.cost(**s).forward_flops), key=lambda s: op.cost(**s).forward_flops)
+        for direction in (FORWARD, TRAINING):
+            case = Case(op, size, dtype, direction)
+            with torch.no_grad() if direction == FORWARD else nullcontext():
+                timings = interleave(line_up(case, device).calls, min_seconds=0.2, device=device, cold=False)
+            for name, timing in timings.items():
+                what = f"{op.name} {label(size)} {direction}, {name}"
+                yield {"what": what, "microseconds": timing.median * 1e6, "op": op.name, "direction": direction, "provider": name}
+
+
+@contextmanager
+def using_threads(threads: int | None) -> Iterator[None]:
+    """Let torch, and with it our kernels, use `threads` threads inside the block; None leaves the number as it is."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def geometric_means(rows: Sequence[Row]) -> list[Row]:
+    """Our speed over eager per op, dtype and direction, over the sizes whose result was right; "slowest" is the lowest of them."""
+    groups: dict[tuple[str, str, str], list[float]] = {}
+    for row in rows:
+        if row["provider"] == "dlkernels" and row["ok"] and row["vs_eager"]:
+            groups.setdefault((row["op"], row["dtype"], row["direction"]), []).append(row["vs_eager"])
+    return [
+        {
+            "op": op,
+            "dtype": dtype,
+            "direction": direction,
+            "vs_eager": torch.tensor(ratios, dtype=torch.float64).log().mean().exp().item(),
+            "sizes": len(ratios),
+            "slowest": min(ratios),
+        }
+        for (op, dtype, direction), ratios in groups.items()
+    ]

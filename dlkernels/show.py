@@ -1,0 +1,117 @@
+"""Where an op's sources are and what they compile to: what `dlkernels show` prints.
+
+C++ sources are found beside an installed package (dlkernels/_csrc/cpu) and in a checkout (csrc/cpu).
+"""
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import backend
+from .registry import OPS, Op
+
+PACKAGE = Path(__file__).parent
+SOURCE_FOLDERS = (PACKAGE / "_csrc" / "cpu", PACKAGE.parent / "csrc" / "cpu")
+VIEWS = ("contract", "cpu", "gpu", "asm", "ptx", "sass")
+GPU_TARGET = "sm_90"
+
+
+class NotAvailable(RuntimeError):
+    """This view does not exist here; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Page:
+    """One listing: `language` is a Pygments lexer's name, `origin` the file or the tool that it comes from."""
+
+    title: str
+    language: str
+    text: str
+    origin: str
+
+
+def pages(op: Op, view: str) -> list[Page]:
+    """The listings of one of VIEWS for `op`. Raises NotAvailable where there is none here, ValueError for an unknown view."""
+    if view == "contract":
+        return [_source(f"{op.name}: the contract", "python", PACKAGE / "ops" / f"{op.module}.py")]
+    if view == "gpu":
+        return [_source(f"{op.name}: the Triton twin", "python", PACKAGE / "gpu" / f"{op.module}.py")]
+    if view == "cpu":
+        return [_source(f"{op.name}: the SIMD twin", "cpp", cpu_source(op.module))]
+    if view == "asm":
+        return list(_assembly(op))
+    if view in ("ptx", "sass"):
+        return list(_gpu_code(op, view))
+    raise ValueError(f"view must be one of {', '.join(VIEWS)}; got {view!r}")
+
+
+def cpu_source(module: str) -> Path:
+    """The C++ file of a module, from the installed package or from the checkout."""
+    return next(
+        (folder / f"{module}.cpp" for folder in SOURCE_FOLDERS if (folder / f"{module}.cpp").exists()), SOURCE_FOLDERS[0] / f"{module}.cpp"
+    )
+
+
+def _source(title: str, language: str, path: Path) -> Page:
+    if not path.exists():
+        raise NotAvailable(f"there is no {path}")
+    return Page(title, language, path.read_text(), str(path))
+
+
+def _gpu_code(op: Op, stage: str) -> Iterator[Page]:
+    """What the Triton twin compiles to for GPU_TARGET, with or without a GPU in this machine."""
+    from .gpu import aot
+
+    known = [raw for raw in op.raw if raw in aot.EXAMPLES]
+    if not known:
+        raise NotAvailable(f"no kernel of {op.name} is compiled ahead of time; those that are: {', '.join(aot.EXAMPLES)}")
+    for raw in known:
+        for kernel in aot.compiled(raw, GPU_TARGET):
+            title = (
+                f"{kernel.name} for {GPU_TARGET}, bfloat16: {kernel.registers} registers, {kernel.spilled} bytes spilled, "
+                f"{kernel.shared} bytes shared"
+            )
+            yield Page(title, "ptx" if stage == "ptx" else "sass", kernel.text(stage), f"triton.compile, {stage}")
+
+
+def _assembly(op: Op) -> Iterator[Page]:
+    """The machine code of the op's functions in the loaded CPU library."""
+    library = backend.library_path(backend.isa())
+    if library is None:
+        raise NotAvailable("the CPU library is not built")
+    if shutil.which("objdump") is None:
+        raise NotAvailable("objdump is not on the PATH; it comes with binutils (apt install binutils)")
+    listing = subprocess.run(
+        ["objdump", "--disassemble", "--demangle", "--no-show-raw-insn", "-M", "intel", str(library)],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    found = list(functions_of(listing, (op.module, *op.raw)))
+    if not found:
+        raise NotAvailable(f"{library.name} names no function of {op.name}: its symbols were stripped")
+    for name, code in found:
+        yield Page(name, "nasm", code, f"objdump --disassemble {library.name}")
+
+
+def functions_of(listing: str, words: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """The functions of an objdump listing whose name contains one of `words` as a word: (name, code)."""
+    wanted = re.compile("|".join(rf"(?<![a-zA-Z]){re.escape(word)}(?![a-zA-Z])" for word in words))
+    for block in listing.split("\n\n"):
+        head, _, code = block.strip().partition("\n")
+        name = re.fullmatch(r"[0-9a-f]+ <(.*)>:", head)
+        if name and wanted.search(name[1]) and not name[1].endswith("@plt"):
+            yield name[1], code
+
+
+def find(name: str) -> Op:
+    """The op of this name; a module's or a raw op's name finds the first op that uses it. Raises KeyError for any other."""
+    if name in OPS:
+        return OPS[name]
+    for op in OPS.values():
+        if name == op.module or name in op.raw:
+            return op
+    raise KeyError(name)
