@@ -203,7 +203,7 @@ def run_child(command: Sequence[str], timeout: float = 240, **environment: str) 
     path = os.pathsep.join([here, *sys.path])
     return subprocess.run(
         [sys.executable, "-X", "faulthandler", *command], env={**os.environ, "PYTHONPATH": path, **environment},
-        cwd=os.path.dirname(here), capture_output=True, text=True, timeout=timeout,
+        cwd=here, capture_output=True, text=True, timeout=timeout,
     )
 
 

@@ -138,7 +138,7 @@ def assert_same_places(op: Op, args: Args, dys: Args, what: str) -> None:
     for name, value in ours.items():
         for kind in (torch.isnan, torch.isposinf, torch.isneginf):
             places, wanted = kind(value), kind(native[name])
-            assert torch.equal(places, wanted), f"{what}: {kind.__name__}({name}) is true {places.sum()} times, native's {wanted.sum()} times"
+            assert torch.equal(places, wanted), f"{what}: {kind.__name__}({name}) at {places.sum()} places, native at {wanted.sum()}"
 
 
 @each_op

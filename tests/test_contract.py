@@ -1,0 +1,361 @@
+"""What PyTorch expects of every op beyond its numbers: autograd's modes, tracing, transforms, threads, processes, memory."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import combinations
+from typing import Any
+
+import pytest
+import torch
+from support import (
+    Args,
+    arguments,
+    assert_same_bits,
+    cotangents,
+    differentiable,
+    each_op,
+    isolated,
+    label,
+    largest,
+    map_tensors,
+    middle,
+    raw_calls,
+    results,
+    threads,
+)
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+from dlkernels import OPS
+from dlkernels.registry import Op
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    with threads(1):
+        yield
+
+
+def example(op: Op, dtype: torch.dtype = torch.float32) -> tuple[Args, Args]:
+    args = arguments(op, middle(op), dtype)
+    return args, cotangents(op, args)
+
+
+def subsets(args: Args) -> list[tuple[int, ...]]:
+    positions = differentiable(args)
+    return [some for count in range(1, len(positions) + 1) for some in combinations(positions, count)]
+
+
+@each_op
+def test_gradient_of_every_subset_of_the_arguments(op: Op) -> None:
+    """Only what requires grad gets one, and it is the one it gets when all do, in every bit."""
+    args, dys = example(op)
+    every = dict(zip(differentiable(args), list(results(op, op.call, args, dys).values())[-len(differentiable(args)):]))
+    for some in subsets(args):
+        leaves = tuple(arg.detach().requires_grad_(i in some) if i in every else arg for i, arg in enumerate(args))
+        torch.autograd.backward(op.call(*leaves), dys)
+        for i, grad in every.items():
+            assert (leaves[i].grad is not None) == (i in some), f"{op.name}: gradient of argument {i} with {some} requiring grad"
+            assert leaves[i].grad is None or torch.equal(leaves[i].grad, grad)
+
+
+@each_op
+def test_nothing_requires_grad_then_neither_does_the_output(op: Op) -> None:
+    args, _ = example(op)
+    assert not op.call(*args).requires_grad
+
+
+@each_op
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=lambda mode: mode.__name__)
+def test_modes_without_grad(op: Op, mode: Callable[[], Any]) -> None:
+    """The values are those with grad; the output requires none, and is an inference tensor exactly where native's is."""
+    args, _ = example(op)
+    leaves = map_tensors(lambda t: t.detach().requires_grad_(), args)
+    with_grad = op.call(*leaves)
+    with mode():
+        y, native = op.call(*leaves), op.native(*leaves)
+    assert torch.equal(y, with_grad.detach())
+    assert (y.requires_grad, y.is_inference()) == (False, native.is_inference())
+
+
+@each_op
+def test_backward_twice_through_a_retained_graph(op: Op) -> None:
+    args, dys = example(op)
+    leaves = map_tensors(lambda t: t.detach().requires_grad_(), args)
+    wanted = [leaves[i] for i in differentiable(leaves)]
+    y = op.call(*leaves)
+    first = torch.autograd.grad(y, wanted, dys, retain_graph=True)
+    second = torch.autograd.grad(y, wanted, dys)
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(y, wanted, dys)
+
+
+@each_op
+def test_second_derivatives(op: Op) -> None:
+    """With create_graph=True the gradients of a function of the gradients are native's."""
+    args, dys = example(op, torch.float64)
+
+    def second(function: Callable[..., Any]) -> list[Tensor]:
+        leaves = map_tensors(lambda t: t.detach().requires_grad_(), args)
+        wanted = [leaves[i] for i in differentiable(leaves)]
+        first = torch.autograd.grad(function(*leaves), wanted, dys, create_graph=True)
+        assert all(grad.requires_grad for grad in first[:2]), "create_graph=True gave a gradient that cannot be differentiated"
+        total = torch.stack([(grad**2).sum() for grad in first]).sum()
+        return list(torch.autograd.grad(total, wanted, allow_unused=True, materialize_grads=True))
+
+    for ours, native in zip(second(op.call), second(op.native)):
+        torch.testing.assert_close(ours, native)
+
+
+@each_op
+def test_an_argument_changed_in_place_before_backward(op: Op) -> None:
+    """Backward uses the numbers that forward saw, or refuses; it never uses the new ones."""
+    args, dys = example(op)
+    right = results(op, op.call, args, dys)
+    for changed in differentiable(args):
+        leaves = map_tensors(lambda t: t.clone().requires_grad_(), args)
+        y = op.call(*leaves)
+        with torch.no_grad():
+            leaves[changed].add_(1)
+        try:
+            grads = torch.autograd.grad(y, [leaves[i] for i in differentiable(leaves)], dys)
+        except RuntimeError as error:
+            assert "modified by an inplace operation" in str(error)
+        else:
+            assert_same_bits(dict(zip(list(right)[1:], grads)), right, f"{op.name}: argument {changed} changed in place")
+
+
+@each_op
+def test_the_output_changed_in_place_before_backward(op: Op) -> None:
+    args, dys = example(op)
+    leaves = map_tensors(lambda t: t.clone().requires_grad_(), args)
+    y = op.call(*leaves)
+    right = results(op, op.call, args, dys)
+    with torch.no_grad():
+        y.zero_()
+    try:
+        grads = torch.autograd.grad(y, [leaves[i] for i in differentiable(leaves)], dys)
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)
+    else:
+        assert_same_bits(dict(zip(list(right)[1:], grads)), right, f"{op.name}: output changed in place")
+
+
+@each_op
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_dtypes_are_natives(op: Op, dtype: torch.dtype) -> None:
+    """Outputs and gradients have the dtypes that native's have under autocast, for inputs of any one dtype and for a mix."""
+    for first in (torch.float32, torch.float64, torch.bfloat16):
+        for others in (torch.float32, first):
+            args = arguments(op, middle(op), others)
+            args = (args[0].to(first), *args[1:])
+            found = []
+            for function in (op.native, op.call):
+                leaves = map_tensors(lambda t: t.detach().requires_grad_(), args)
+                try:
+                    with torch.autocast("cpu", dtype):
+                        y = function(*leaves)
+                        y.float().sum().backward()
+                    found.append([y.dtype, *(leaves[i].grad.dtype for i in differentiable(leaves))])
+                except RuntimeError:
+                    found.append([RuntimeError])
+            assert found[1] == found[0], f"{op.name}: {first} with {others} under autocast to {dtype}"
+
+
+@each_op
+def test_autocast_values(op: Op) -> None:
+    """Under autocast the result is that of arguments rounded to bfloat16, and autocast(enabled=False) inside it gives float32 again."""
+    args, _ = example(op)
+    rounded = map_tensors(Tensor.bfloat16, args)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        y = op.call(*args)
+        with torch.autocast("cpu", enabled=False):
+            full = op.call(*args)
+    assert torch.equal(y, op.call(*rounded))
+    assert torch.equal(full, op.call(*args))
+
+
+@each_op
+def test_opcheck(op: Op) -> None:
+    """Schema, fake tensors and tracing of every registered op that a forward and backward reach. They are not differentiable themselves,
+    so the arguments come detached."""
+    for size in (middle(op), op.samples[0]):
+        for func, args in raw_calls(op, arguments(op, size, torch.float32)):
+            torch.library.opcheck(func, args)
+
+
+def test_every_registered_op_is_reached() -> None:
+    """What a contract names as its raw ops is what its forward and backward call."""
+    for op in OPS.values():
+        called = {func._schema.name.removeprefix("dlkernels::") for func, _ in raw_calls(op, example(op)[0])}
+        assert called == set(op.raw), op.name
+
+
+@each_op
+def test_compile_fullgraph(op: Op) -> None:
+    """One graph without breaks, forward and backward, at two sizes of a dynamic shape; the numbers are those of the eager call."""
+    torch._dynamo.reset()
+    compiled = torch.compile(op.call, fullgraph=True, backend="aot_eager", dynamic=True)
+    for size in (middle(op), largest(op)):
+        args = arguments(op, size, torch.float32)
+        dys = cotangents(op, args)
+        assert_same_bits(results(op, compiled, args, dys), results(op, op.call, args, dys), f"{op.name} {label(size)}")
+        with torch.no_grad():
+            assert torch.equal(compiled(*args), op.call(*args))
+
+
+@each_op
+def test_export(op: Op) -> None:
+    class Module(torch.nn.Module):
+        def forward(self, *args: Any) -> Any:
+            return op.call(*args)
+
+    args, _ = example(op)
+    exported = torch.export.export(Module(), args)
+    targets = {str(node.target) for node in exported.graph.nodes}
+    assert any(f"dlkernels.{raw}" in target for raw in op.raw for target in targets), f"no kernel in the exported graph: {targets}"
+    assert torch.equal(exported.module()(*args), op.call(*args))
+
+
+@each_op
+def test_fake_and_meta_tensors(op: Op) -> None:
+    """Shape, dtype, device and strides without data are those of the real result, forward and backward."""
+    args, dys = example(op)
+    real = results(op, op.call, args, dys)
+    with FakeTensorMode() as mode:
+        fake = results(op, op.call, map_tensors(mode.from_tensor, args), map_tensors(mode.from_tensor, dys))
+    meta = results(op, op.call, map_tensors(lambda t: t.to("meta"), args), map_tensors(lambda t: t.to("meta"), dys))
+    for name, value in real.items():
+        for other, device in ((fake[name], "cpu"), (meta[name], "meta")):
+            assert (other.shape, other.dtype, other.stride(), other.device.type) == (value.shape, value.dtype, value.stride(), device)
+
+
+@each_op
+def test_vmap_and_per_sample_gradients(op: Op) -> None:
+    """torch.func: vmap over the first argument equals a loop, and so do per-sample gradients."""
+    args, _ = example(op)
+    many = torch.stack([args[0], args[0] * 2, -args[0]])
+
+    def mapped(function: Callable[..., Any]) -> Tensor:
+        return torch.func.vmap(function, (0,))(many)
+
+    def loss(x: Tensor, *rest: Any) -> Tensor:
+        return op.call(x, *rest).square().sum()
+
+    def gradient(x: Tensor) -> Tensor:
+        return torch.func.grad(loss, argnums=1)(x, *args[1:])
+
+    torch.testing.assert_close(mapped(lambda x: op.call(x, *args[1:])), torch.stack([op.call(x, *args[1:]) for x in many]))
+    torch.testing.assert_close(mapped(gradient), torch.stack([gradient(x) for x in many]))
+
+
+@each_op
+def test_reverse_mode_jacobian(op: Op) -> None:
+    args, _ = example(op, torch.float64)
+    args = (args[0][:2], *args[1:])
+    torch.testing.assert_close(torch.func.jacrev(op.call)(*args), torch.func.jacrev(op.native)(*args))
+
+
+@each_op
+def test_saved_tensor_hooks_and_checkpointing(op: Op) -> None:
+    """Saved-tensor hooks see what is kept, and activation checkpointing gives the same gradients in every bit."""
+    args, dys = example(op)
+    plain = results(op, op.call, args, dys)
+
+    def checkpointed(*some: Any) -> Any:
+        return torch.utils.checkpoint.checkpoint(op.call, *some, use_reentrant=False)
+
+    with torch.autograd.graph.save_on_cpu():
+        assert_same_bits(results(op, op.call, args, dys), plain, f"{op.name} with saved tensors moved")
+    assert_same_bits(results(op, checkpointed, args, dys), plain, f"{op.name} checkpointed")
+
+
+def test_many_python_threads_at_once() -> None:
+    """Four threads call every op on their own arguments at the same time; each gets its own result, in every bit."""
+    with threads(2):
+        jobs = [(op, *example(op, dtype)) for op in OPS.values() for dtype in (torch.float32, torch.bfloat16) if dtype in op.dtypes]
+        alone = [results(op, op.call, args, dys) for op, args, dys in jobs]
+        with ThreadPoolExecutor(4) as pool:
+            together = list(pool.map(lambda job: results(job[0], job[0].call, *job[1:]), jobs * 4))
+    for i, found in enumerate(together):
+        assert_same_bits(found, alone[i % len(jobs)], jobs[i % len(jobs)][0].name)
+
+
+@isolated
+def test_fork_after_use() -> None:
+    """A process that has computed with two threads forks, as a data loader does; the child (one thread, as there) computes the same."""
+    torch.set_num_threads(2)
+    op = next(iter(OPS.values()))
+    args = arguments(op, largest(op), torch.float32)
+    wanted = op.call(*args)
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)
+        close = torch.allclose(op.call(*args), wanted, rtol=1e-4, atol=1e-4)
+        os._exit(0 if close else 1)
+    deadline = time.monotonic() + 30
+    while (waited := os.waitpid(child, os.WNOHANG)) == (0, 0):
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            raise AssertionError("the forked process hangs")
+        time.sleep(0.01)
+    assert os.waitstatus_to_exitcode(waited[1]) == 0
+    assert torch.equal(op.call(*args), wanted)
+
+
+@each_op
+def test_nothing_outlives_its_use(op: Op) -> None:
+    """A graph that is dropped, with or without backward, frees what it saved."""
+    args, dys = example(op)
+    for run_backward in (True, False):
+        leaves = map_tensors(lambda t: t.clone().requires_grad_(), args)
+        y = op.call(*leaves)
+        watched = [weakref.ref(leaf) for leaf in leaves if isinstance(leaf, Tensor)] + [weakref.ref(y), weakref.ref(y.grad_fn)]
+        if run_backward:
+            torch.autograd.backward(y, dys)
+        del leaves, y
+        gc.collect()
+        assert not [ref() for ref in watched if ref() is not None]
+
+
+@isolated
+def test_memory_does_not_grow() -> None:
+    """Hundreds of forward and backward passes, and refused calls, leave the size of the process where it was."""
+    page = os.sysconf("SC_PAGE_SIZE")
+
+    def resident() -> int:
+        gc.collect()
+        with open("/proc/self/statm") as statm:
+            return int(statm.read().split()[1]) * page
+
+    jobs = [(op, *example(op)) for op in OPS.values()]
+
+    def use(times: int) -> None:
+        for _ in range(times):
+            for op, args, dys in jobs:
+                results(op, op.call, args, dys)
+                with pytest.raises((RuntimeError, TypeError)):
+                    op.call(args[0], *(arg[..., :-1] if isinstance(arg, Tensor) else arg for arg in args[1:]))
+
+    use(20)
+    before = resident()
+    use(200)
+    grown = resident() - before
+    assert grown < 4 << 20, f"{grown / 2**20:.1f} MiB more after 200 rounds"
+
+
+def test_importing_costs_no_triton() -> None:
+    """Triton is imported when a GPU tensor is first seen, not before."""
+    from support import run_child
+
+    child = run_child(["-c", "import sys, dlkernels; sys.exit('triton' in sys.modules)"], DLKERNELS_BACKEND="")
+    assert child.returncode == 0, child.stderr
