@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from dlkernels.report import units
-from dlkernels.report.data import EAGER, OURS, ModelRun, Panel, Results, Timing
+from dlkernels.report.data import EAGER, OURS, Panel, Results
+from dlkernels.report.records import ModelRun, Timing
 from dlkernels.report.svg import Axis, Plot, Point
 
 
@@ -40,11 +41,7 @@ def race_chart(panel: Panel, look: Mapping[str, Style]) -> Markup | None:
     by_flops = all(race.first.flops for race in panel.races)
     races = [race for race in panel.races if (race.first.flops if by_flops else race.first.bytes)]
 
-    def work(race_index: int) -> float:
-        first = races[race_index].first
-        return (first.flops if by_flops else first.bytes) or 1.0
-
-    xs = [work(i) for i in range(len(races))]
+    xs = [(race.first.flops if by_flops else race.first.bytes) or 1.0 for race in races]
     times = [t for race in races for timing in race.timings.values() for t in (timing.p20, timing.p80)]
     if not times:
         return None
@@ -57,7 +54,7 @@ def race_chart(panel: Panel, look: Mapping[str, Style]) -> Markup | None:
     )
     if limits:
         plot.line(limits, "limit")
-    providers = [name for name in reversed(look) if any(name in race.timings for race in races)]  # ours last, on top
+    providers = [name for name in reversed([*look]) if any(name in race.timings for race in races)]  # ours last, on top
     for name in providers:
         found = [(x, race.timings[name], race.label) for x, race in zip(xs, races, strict=True) if name in race.timings]
         plot.band([(x, t.p20) for x, t, _ in found], [(x, t.p80) for x, t, _ in found], look[name].css)
@@ -166,7 +163,7 @@ def curve(runs: Mapping[str, ModelRun], look: Mapping[str, Style], name: str, ti
         width=280,
         height=190,
     )
-    for provider in [name for name in reversed(look) if lines.get(name)]:
+    for provider in [name for name in reversed([*look]) if lines.get(name)]:
         line, style = lines[provider], look[provider]
         plot.line(line, style.css + ("" if provider == OURS else " under"))
         stride = max(1, len(line) // 12)

@@ -1,103 +1,25 @@
-"""The results file as typed records. Reading never fails on a value: what is missing, NaN or of the wrong kind becomes None or is left out."""
+"""The results file, read and grouped: races of the providers at one size, panels of races, and where ours loses."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-SCHEMA = 1
+from dlkernels.report.records import Check, Gap, ModelRun, Timing, number, positive, ratio, text
+
+SCHEMA = "1"
 OURS, EAGER, COMPILE = "dlkernels", "eager", "compile"
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 DIRECTIONS = ("forward", "forward+backward")
-
-
-def number(value: object) -> float | None:
-    """A finite float, or None for anything else (bool, text, NaN, infinity, an integer beyond float64)."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:
-        return None
-
-
-def positive(value: object) -> float | None:
-    """A finite float above zero (what a log axis can show), or None."""
-    x = number(value)
-    return x if x is not None and x > 0 else None
-
-
-def ratio(above: float | None, below: float | None) -> float | None:
-    """above / below, or None where either is missing, not above zero, or the quotient is."""
-    if not above or not below or above <= 0 or below <= 0:
-        return None
-    return positive(above / below)
 
 
 def geomean(values: Iterable[float | None]) -> float | None:
     """Geometric mean of the values that are present, or None without any."""
     logs = [math.log(value) for value in values if value is not None and value > 0]
     return math.exp(math.fsum(logs) / len(logs)) if logs else None
-
-
-def text(value: object) -> str:
-    """A value as one line of text; None becomes the empty string and a size mapping `M=64 K=784`."""
-    if value is None:
-        return ""
-    if isinstance(value, Mapping):
-        return " ".join(f"{key}={item}" for key, item in value.items())
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return " ".join(str(value).split())
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One row of `bench`: one provider at one size. Times in seconds."""
-
-    op: str
-    dtype: str
-    direction: str
-    label: str
-    provider: str
-    threads: int | None
-    median: float
-    p20: float
-    p80: float
-    flops: float | None
-    bytes: float | None
-    limit: float | None
-    limit_fraction: float | None
-    vs_eager: float | None
-    peak_bytes: float | None
-
-    @classmethod
-    def read(cls, row: Mapping[str, Any]) -> Timing | None:
-        """The record of a row, or None where it has no usable median."""
-        median = positive(row.get("median_s"))
-        if median is None:
-            return None
-        limit, threads = positive(row.get("limit_s")), number(row.get("threads"))
-        return cls(
-            op=text(row.get("op")) or "unnamed",
-            dtype=text(row.get("dtype")).removeprefix("torch."),
-            direction=text(row.get("direction")) or "forward",
-            label=text(row.get("label")) or text(row.get("size")),
-            provider=text(row.get("provider")) or "unnamed",
-            threads=None if threads is None else int(threads),
-            median=median,
-            p20=min(positive(row.get("p20_s")) or median, median),
-            p80=max(positive(row.get("p80_s")) or median, median),
-            flops=positive(row.get("flops")),
-            bytes=positive(row.get("bytes")),
-            limit=limit,
-            limit_fraction=positive(row.get("limit_fraction")) or ratio(limit, median),
-            vs_eager=positive(row.get("vs_eager")),
-            peak_bytes=positive(row.get("peak_bytes")),
-        )
 
 
 @dataclass(frozen=True)
@@ -124,9 +46,9 @@ class Race:
         return self.first.flops or self.first.bytes or 0.0
 
     def ratio(self, opponent: str) -> float | None:
-        """Opponent's median over ours: above 1.0 we are faster."""
+        """Opponent's median over ours: above 1.0 we are faster. None where one is missing or computed something wrong."""
         ours, other = self.ours, self.timings.get(opponent)
-        if ours is None:
+        if ours is None or not ours.ok or (other and not other.ok):
             return None
         if opponent == EAGER and ours.vs_eager:
             return ours.vs_eager
@@ -151,7 +73,7 @@ class Panel:
 
     @property
     def limit_fractions(self) -> list[float]:
-        return [race.ours.limit_fraction for race in self.races if race.ours and race.ours.limit_fraction]
+        return [race.ours.limit_fraction for race in self.races if race.ours and race.ours.ok and race.ours.limit_fraction]
 
 
 @dataclass(frozen=True)
@@ -166,82 +88,10 @@ class Loss:
 
 
 @dataclass(frozen=True)
-class Check:
-    """One row of `check`: the error of a value or a gradient, relative to max |float64|."""
-
-    op: str
-    dtype: str
-    size: str
-    quantity: str
-    ours: float | None
-    native: float | None
-    allowed: float | None
-    ok: bool
-
-    @property
-    def used(self) -> float:
-        """Our error as a fraction of the allowed one; infinite where it cannot be told."""
-        if self.ours is None or self.allowed is None:
-            return math.inf
-        return 0.0 if self.ours == 0 else self.ours / self.allowed if self.allowed > 0 else math.inf
-
-    @classmethod
-    def read(cls, row: Mapping[str, Any]) -> Check:
-        return cls(
-            op=text(row.get("op")) or "unnamed",
-            dtype=text(row.get("dtype")).removeprefix("torch."),
-            size=text(row.get("label")) or text(row.get("size")),
-            quantity=text(row.get("quantity")),
-            ours=number(row.get("ours_error")),
-            native=number(row.get("native_error")),
-            allowed=number(row.get("allowed")),
-            ok=row.get("ok") is True,
-        )
-
-
-@dataclass(frozen=True)
-class ModelRun:
-    """One row of `models`: a model trained with one provider."""
-
-    model: str
-    provider: str
-    step: float | None
-    p20: float | None
-    p80: float | None
-    batch: int | None
-    parameters: int | None
-    seconds: float | None
-    curves: Mapping[str, list[float | None]]  # train_loss, val_loss, val_accuracy per epoch; first_losses per step
-
-    @classmethod
-    def read(cls, row: Mapping[str, Any]) -> ModelRun:
-        step = row.get("step")
-        step = step if isinstance(step, Mapping) else {}
-        batch, parameters = number(step.get("batch")), number(row.get("parameters"))
-        names = ("train_loss", "val_loss", "val_accuracy", "first_losses")
-        return cls(
-            model=text(row.get("model")) or "unnamed",
-            provider=text(row.get("provider")) or "unnamed",
-            step=positive(step.get("median_s")),
-            p20=positive(step.get("p20_s")),
-            p80=positive(step.get("p80_s")),
-            batch=None if batch is None else int(batch),
-            parameters=None if parameters is None else int(parameters),
-            seconds=positive(row.get("seconds")),
-            curves={name: [number(v) for v in row[name]] if isinstance(row.get(name), list | tuple) else [] for name in names},
-        )
-
-    @property
-    def accuracy(self) -> float | None:
-        """Held-out accuracy after the last epoch, 0 to 1."""
-        return next((value for value in reversed(self.curves["val_accuracy"]) if value is not None), None)
-
-
-@dataclass(frozen=True)
 class Results:
     """The whole file; `skipped` counts bench rows without a usable time."""
 
-    schema: object
+    schema: str
     machine: Mapping[str, str]
     peaks: list[tuple[str, int, float]]  # dtype, threads, FLOP/s
     bandwidths: list[tuple[float, int, float, str]]  # working set in bytes, threads, bytes/s, kind
@@ -249,8 +99,9 @@ class Results:
     skipped: int
     checks: list[Check]
     models: dict[str, dict[str, ModelRun]]  # model, then provider
-    overhead: list[tuple[str, float]]  # what, microseconds
-    canary: Mapping[str, Any] = field(default_factory=dict)
+    overhead: list[tuple[str, str, float]]  # what, provider, microseconds
+    gaps: list[Gap]
+    canary: Mapping[str, Any]
 
     @cached_property
     def providers(self) -> list[str]:
@@ -306,7 +157,7 @@ def read(results: Mapping[str, Any]) -> Results:
     for run in map(ModelRun.read, rows(results, "models")):
         models.setdefault(run.model, {})[run.provider] = run
     return Results(
-        schema=results.get("schema"),
+        schema=text(results.get("schema")),
         machine={text(k): text(v) for k, v in machine.items()} if isinstance(machine, Mapping) else {},
         peaks=[
             (text(row.get("dtype")).removeprefix("torch."), int(number(row.get("threads")) or 1), speed)
@@ -323,9 +174,10 @@ def read(results: Mapping[str, Any]) -> Results:
         checks=[Check.read(row) for row in rows(results, "check")],
         models=models,
         overhead=[
-            (text(row.get("what")), microseconds)
+            (text(row.get("what")), text(row.get("provider")), microseconds)
             for row in rows(results, "overhead")
-            if (microseconds := number(row.get("microseconds"))) is not None
+            if (microseconds := positive(row.get("microseconds"))) is not None
         ],
+        gaps=[Gap.read(row) for row in [*rows(results, "failures"), *rows(results, "skipped")]],
         canary=canary if isinstance(canary, Mapping) else {},
     )

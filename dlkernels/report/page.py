@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from dlkernels.report import charts, text, units
-from dlkernels.report.data import COMPILE, DTYPES, EAGER, OURS, SCHEMA, Check, ModelRun, Panel, Results, geomean, rank, read
+from dlkernels.report.data import DTYPES, EAGER, OURS, SCHEMA, Panel, Results, geomean, rank, read
+from dlkernels.report.records import Check, ModelRun
 from dlkernels.report.svg import MARKS
 
 
@@ -22,16 +24,20 @@ def build(results: Mapping[str, Any], path: str | Path) -> Path:
     The page needs no network. A missing or partial section becomes a note. Raises TypeError where `results` is not a mapping.
     """
     data = read(results)
-    folder = Path(__file__).parent / "templates"
-    environment = Environment(
-        loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.globals.update(units=units, marks=MARKS)
-    html = environment.get_template("page.html").render(content(data))
+    html = template().render(content(data))
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(html, encoding="utf-8", errors="replace")
+    target.write_text(html, encoding="utf-8")
     return target
+
+
+@cache
+def template() -> Template:
+    """The page's template; autoescape is on, so text from a results file stays text."""
+    loader = FileSystemLoader(Path(__file__).parent / "templates")
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.globals.update(units=units, marks=MARKS)
+    return environment.get_template("page.html")
 
 
 def summary(results: Mapping[str, Any]) -> str:
@@ -43,18 +49,9 @@ def summary(results: Mapping[str, Any]) -> str:
 class Bar:
     """A ratio as a bar from the centre line at 1.0; `left` and `width` in percent of the track, on a logarithmic scale."""
 
-    value: float
     left: float
     width: float
     winner: str  # "ours" or "native"
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A ratio to eager with its bar; bar is None where there is no ratio."""
-
-    value: float | None
-    bar: Bar | None
 
 
 @dataclass(frozen=True)
@@ -94,13 +91,12 @@ def content(data: Results) -> dict[str, Any]:
         "bar": lambda value: ratio_bar(value, octaves),
         "eager": EAGER,
         "ours": OURS,
-        "compile": COMPILE,
         "geomean": geomean,
         "chart": lambda panel: charts.race_chart(panel, look),
         "rooflines": rooflines(data, look),
         "checks": check_groups(data),
         "models": {model: model_view(runs, look) for model, runs in data.models.items()},
-        "slowest_call": max((us for _, us in data.overhead), default=0.0),
+        "slowest_call": max((us for *_, us in data.overhead), default=0.0),
     }
 
 
@@ -108,19 +104,22 @@ def warnings(data: Results) -> list[str]:
     """What the reader should know before trusting the numbers."""
     found = []
     if data.schema != SCHEMA:
-        found.append(f"The results file says schema {data.schema!r}; this page reads schema {SCHEMA}, so parts may be missing.")
+        found.append(f"The results file says schema {data.schema or 'nothing'}; this page reads schema {SCHEMA}, so parts may be missing.")
     if data.canary.get("busy"):
         found.append("The machine was busy while it was measured (the canary ran slower): times may be off.")
     if data.skipped:
         found.append(f"{text.count(data.skipped, 'timing')} without a usable median left out.")
+    wrong = sum(not timing.ok for timing in data.timings)
+    if wrong:
+        found.append(f"{text.count(wrong, 'timed result')} differed from what the op defines: marked wrong below, and counted in no mean.")
     return found
 
 
 def facts(data: Results) -> list[str]:
     """The machine on one line."""
     machine = data.machine
-    plain = {"isa": "{}", "cores": "{} cores", "threads": "{} threads", "memory_gib": "{} GiB", "gpu": "{}", "torch": "torch {}", "date": "{}"}
-    return [form.format(machine[key]) for key, form in plain.items() if machine.get(key)]
+    forms = ["{gpu}", "{isa}", "{cores} cores", "{threads} threads", "{memory_gib} GiB", "torch {torch}", "{date}"]
+    return [form.format_map(machine) for form in forms if machine.get(form[form.index("{") + 1 : form.index("}")])]
 
 
 def bar_octaves(data: Results) -> int:
@@ -133,7 +132,7 @@ def ratio_bar(value: float | None, octaves: int) -> Bar | None:
     if value is None or value <= 0:
         return None
     reach = max(-1.0, min(1.0, math.log2(value) / octaves))
-    return Bar(value, 50 + 50 * min(reach, 0.0), 50 * abs(reach), "ours" if value >= 1 else "native")
+    return Bar(50 + 50 * min(reach, 0.0), 50 * abs(reach), "ours" if value >= 1 else "native")
 
 
 def rooflines(data: Results, look: Mapping[str, charts.Style]) -> list[Drawing]:
@@ -168,6 +167,7 @@ def model_view(runs: Mapping[str, ModelRun], look: Mapping[str, charts.Style]) -
         "runs": sorted(runs.values(), key=lambda run: list(look).index(run.provider)),
         "baseline": other.step if other else None,
         "drawings": [Drawing(title, svg) for title, svg in drawn if svg is not None],
+        "interrupted": any(run.interrupted for run in runs.values()),
         "agreement": agreement(ours, other) if ours and other else None,
     }
 

@@ -49,8 +49,6 @@ class Axis:
             low, high = low - half, high + half
         margin = pad * (high - low)
         low, high = low - margin, high + margin
-        if log:
-            low, high = max(low, -300.0), min(high, 300.0)
         return cls(10.0**low if log else low, 10.0**high if log else high, label, show, log)
 
     def place(self, value: float) -> float:

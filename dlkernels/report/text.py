@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dlkernels.report import units
-from dlkernels.report.data import COMPILE, EAGER, OURS, ModelRun, Panel, Results, geomean
+from dlkernels.report.data import COMPILE, EAGER, OURS, Panel, Results, geomean
+from dlkernels.report.records import ModelRun
 
 
 @dataclass(frozen=True)
@@ -57,22 +58,23 @@ def speed(data: Results) -> Sentence | None:
     ]
     sizes = count(max(len(panel.ratios(EAGER)) for panel in panels), "size")
     ahead = all((panel.geomean(EAGER) or 0) >= 1 for panel in panels)
-    return Sentence("good" if ahead else "bad", f"{panels[0].op}, {panels[0].dtype}: {'; '.join(facts)} (speed, geometric mean of {sizes}).")
+    where = f"{panels[0].op}, {panels[0].dtype}"
+    return Sentence("good" if ahead else "bad", f"{where}: {'; '.join(facts)} (speed, geometric mean of {sizes}).")
 
 
 def limit(data: Results) -> Sentence | None:
     for panel in main_panels(data) or data.panels:
-        found = [(race.ours.limit_fraction, race.label) for race in panel.races if race.ours and race.ours.limit_fraction]
+        found = [(race.ours.limit_fraction, race.label) for race in panel.races if race.ours and race.ours.ok and race.ours.limit_fraction]
         if found:
             best, label = max(found)
             mean = geomean(fraction for fraction, _ in found)
-            where = f"{panel.op} {panel.direction}, {panel.dtype}"
-            return Sentence("plain", f"{where} runs at {units.percent(mean)} of this machine's measured limit, at best {units.percent(best)} ({label}).")
+            reach = f"{units.percent(mean)} of this machine's measured limit, at best {units.percent(best)} ({label})"
+            return Sentence("plain", f"{panel.op} {panel.direction}, {panel.dtype} runs at {reach}.")
     return None
 
 
 def losses(data: Results) -> Sentence | None:
-    raced = sum(1 for panel in data.panels for race in panel.races if race.ours and len(race.timings) > 1)
+    raced = sum(any(race.ratio(name) for name in race.timings if name != OURS) for panel in data.panels for race in panel.races)
     if not raced:
         return None
     if not data.losses:
@@ -108,7 +110,8 @@ def trained(data: Results) -> Sentence | None:
             said += f" ({provider(other.provider)}: {units.percent(other.accuracy, 1)})"
         if ours.step and other.step:
             faster = other.step / ours.step
-            return Sentence("good" if faster >= 1 else "bad", f"{said}, and its training step is {units.times(faster)} the speed of {provider(other.provider)}'s.")
+            said += f", and its training step is {units.times(faster)} the speed of {provider(other.provider)}'s."
+            return Sentence("good" if faster >= 1 else "bad", said)
         return Sentence("plain", f"{said}.")
     return None
 
@@ -125,6 +128,8 @@ def summary_text(data: Results) -> str:
         lines.append("! The machine was busy while it was measured; times may be off.")
     if data.panels:
         lines += ["", *panel_table(data)]
+    if data.gaps:
+        lines += ["", f"{count(len(data.gaps), 'case')} not measured; the results file and the report say why."]
     return "\n".join(lines) + "\n"
 
 
@@ -148,7 +153,5 @@ def panel_table(data: Results) -> list[str]:
             ]
         )
     widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
-    return [
-        "  ".join(cell.ljust(width) if i < 3 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
-        for row in [head, *body]
-    ]
+    form = "  ".join(f"{{:{'<' if i < 3 else '>'}{width}}}" for i, width in enumerate(widths))  # names left, numbers right
+    return [form.format(*row).rstrip() for row in [head, *body]]

@@ -1,0 +1,378 @@
+"""The report page: what it says, that nothing in a results file can break it, and that a browser shows it without a network."""
+
+from __future__ import annotations
+
+import copy
+import html
+import json
+import math
+import random
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dlkernels.report import build, data, records, summary, svg, units
+
+Json = dict[str, Any]
+SECTIONS = ("machine", "limits", "check", "bench", "models", "overhead", "canary", "failures", "skipped")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+
+
+@pytest.fixture
+def example() -> Json:
+    """Invented measurements of an invented machine."""
+    return json.loads((Path(__file__).parent / "data" / "results_example.json").read_text())
+
+
+@pytest.fixture
+def small(example: Json) -> Json:
+    """The same with one op, one dtype and few rows."""
+    example["bench"] = [row for row in example["bench"] if row["op"] == "linear" and row["direction"] == "forward"][:6]
+    example["check"] = example["check"][:3]
+    example["models"] = example["models"][:2]
+    return example
+
+
+class Page(HTMLParser):
+    """The elements of a page; fails on a tag that is not closed in order."""
+
+    VOID = frozenset({"meta", "link", "br", "path"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in {"meta", "link"}:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, text: str) -> None:
+        if self.open and self.open[-1] not in ("script", "style"):
+            self.words.append(text)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+    def count(self, tag: str, css: str = "") -> int:
+        return sum(name == tag and css in [*(attrs.get("class") or "").split(), ""] for name, attrs in self.elements)
+
+
+def render(results: Json, folder: Path) -> str:
+    return build(results, folder / "index.html").read_text(encoding="utf-8")
+
+
+def test_every_section_is_there(example: Json, tmp_path: Path) -> None:
+    page = Page(render(example, tmp_path))
+    ids = {attrs["id"] for _, attrs in page.elements if "id" in attrs}
+    assert {"speed", "checks", "roofline", "ops", "models", "overhead", "machine", "op-linear", "op-linear_relu"} <= ids
+    panels = {(row["op"], row["dtype"], row["direction"]) for row in example["bench"]}
+    dtypes = {row["dtype"] for row in example["bench"]}
+    models = {row["model"] for row in example["models"]}
+    assert page.count("svg", "plot") == len(panels) + len(dtypes) + 4 * len(models)
+    assert example["machine"]["cpu"] in page.text
+    assert "the time budget was spent" in page.text
+
+
+def test_the_file_is_small_and_fetches_nothing(example: Json, tmp_path: Path) -> None:
+    text = render(example, tmp_path)
+    assert len(text.encode()) < 400_000
+    assert not re.search(r"https?://|@import|url\(", text)
+    for tag, attrs in Page(text).elements:
+        assert "src" not in attrs, tag
+        assert (attrs.get("href") or "#").startswith(("#", "data:,")), attrs
+
+
+def test_anchors_lead_somewhere(example: Json, tmp_path: Path) -> None:
+    page = Page(render(example, tmp_path))
+    ids = [attrs["id"] for _, attrs in page.elements if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    targets = {(attrs["href"] or "")[1:] for tag, attrs in page.elements if tag == "a"}
+    assert targets <= set(ids)
+
+
+def test_the_geometric_mean_is_that_of_the_rows(example: Json) -> None:
+    for panel in data.read(example).panels:
+        rows = [row for row in example["bench"] if (row["op"], row["dtype"], row["direction"]) == (panel.op, panel.dtype, panel.direction)]
+        ratios = [row["vs_eager"] for row in rows if row["provider"] == "dlkernels"]
+        mean = panel.geomean("eager")
+        assert mean is not None
+        assert math.isclose(mean ** len(ratios), math.prod(ratios), rel_tol=1e-9)
+
+
+def test_native_wins_are_listed_widest_first(example: Json, tmp_path: Path) -> None:
+    for row in example["bench"]:
+        row["vs_eager"] = 2.0 if row["provider"] == "dlkernels" else 1.0
+        row["median_s"] = {"dlkernels": 1.0, "eager": 2.0, "compile": 3.0}[row["provider"]]
+    beaten = [row for row in example["bench"] if row["provider"] == "dlkernels"][:2]
+    beaten[0]["vs_eager"], beaten[1]["vs_eager"] = 0.9, 0.25
+    found = data.read(example).losses
+    assert [(loss.label, loss.ratio) for loss in found] == [(beaten[1]["label"], 0.25), (beaten[0]["label"], 0.9)]
+    text = render(example, tmp_path)
+    assert text.index("Where native wins") < text.index("Every op")
+    assert 'class="native" style="left:0.0%;width:50.0%"' in text  # a factor of 4 fills the losing half of the bar
+    assert "Native wins 2 of" in Page(text).text
+
+
+def test_a_page_without_losses_says_so(example: Json, tmp_path: Path) -> None:
+    for row in example["bench"]:
+        row["vs_eager"] = 2.0
+        row["median_s"] = 1.0 if row["provider"] == "dlkernels" else 2.0
+    text = Page(render(example, tmp_path)).text
+    assert "Where native wins" not in text
+    assert "No other provider is faster" in text
+
+
+def test_a_failed_check_leads_the_page(example: Json, tmp_path: Path) -> None:
+    assert "72 of 72 checks" in summary(example)
+    example["check"][-1].update(ok=False, ours_error=1e9)
+    text = Page(render(example, tmp_path)).text
+    assert "not all right: 1 of 72 checks against float64 fail" in text
+    assert text.count("✗ 1 of 3 fail") == 1
+
+
+def test_a_wrong_result_counts_in_no_mean(small: Json, tmp_path: Path) -> None:
+    ours = next(row for row in small["bench"] if row["provider"] == "dlkernels")
+    ours.update(ok=False, vs_eager=1000.0)
+    (panel,) = data.read(small).panels
+    assert max(panel.ratios("eager")) < 1000
+    assert len(panel.ratios("eager")) == len(panel.races) - 1
+    assert "✗ wrong result" in Page(render(small, tmp_path)).text
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+@pytest.mark.parametrize("value", ["missing", None, [], {}, "text", 3, [None, 7]])
+def test_a_section_may_be_missing_or_malformed(small: Json, section: str, value: object, tmp_path: Path) -> None:
+    small.pop(section, None)
+    if value != "missing":
+        small[section] = value
+    page = Page(render(small, tmp_path))
+    notes = {"check": "No check was run", "bench": "holds no timings", "models": "No model was trained", "overhead": "was not measured"}
+    assert notes.get(section, "") in page.text
+    assert summary(small)
+
+
+def test_an_empty_file_gives_a_page(tmp_path: Path) -> None:
+    assert "holds no measurement yet" in Page(render({}, tmp_path)).text
+    assert "holds no measurement yet" in summary({})
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_no_value_can_break_the_page(small: Json, seed: int, tmp_path: Path) -> None:
+    draw = random.Random(seed)
+    odd = [None, math.nan, math.inf, -1.0, 0, 1e-320, 1e308, 10**400, "", "1.5", "\ud800", "\x00", True, [], {}, [math.nan, "x"], {"a": {}}]
+
+    def spoil(value: object) -> None:
+        items = list(value.items()) if isinstance(value, dict) else list(enumerate(value)) if isinstance(value, list) else []
+        for key, item in items:
+            if draw.random() < 0.08:
+                value[key] = draw.choice(odd)  # type: ignore[index]
+            else:
+                spoil(item)
+
+    spoil(small)
+    page = Page(render(small, tmp_path))
+    assert page.count("section") == 7
+    assert not re.search(r"\b(nan|inf)\b", page.text.replace("ISA", ""), re.IGNORECASE)
+    assert summary(small)
+
+
+def test_an_interrupted_run_shows_what_is_there(example: Json, tmp_path: Path) -> None:
+    example["bench"] = example["bench"][:1]
+    example["models"] = [{"model": "mlp", "provider": "dlkernels", "train_loss": [2.0], "interrupted": True}]
+    page = Page(render(example, tmp_path))
+    assert "The training was interrupted" in page.text
+    assert page.count("svg", "plot") == 1 + 1 + 1  # roofline, one op, one curve
+
+
+def test_text_from_the_file_is_escaped(example: Json, tmp_path: Path) -> None:
+    attack = "<script>alert(1)</script>\"' onload=x </title>{{ 7 * 7 }}"
+
+    def poison(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: poison(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [poison(item) for item in value]
+        return value + attack if isinstance(value, str) and value not in ("dlkernels", "eager") else value
+
+    page = Page(render(poison(example), tmp_path))
+    assert page.count("script") == 1
+    assert all("onload" not in attrs for _, attrs in page.elements)
+    assert "<script>alert(1)</script>" in page.text
+    assert "{{ 7 * 7 }}" in page.text
+
+
+def test_results_must_be_a_mapping(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="results: got list"):
+        build([], tmp_path / "index.html")  # type: ignore[arg-type]
+
+
+def test_build_creates_the_folder_and_changes_nothing(example: Json, tmp_path: Path) -> None:
+    before = copy.deepcopy(example)
+    first = build(example, tmp_path / "a" / "b" / "index.html")
+    assert first == tmp_path / "a" / "b" / "index.html"
+    assert first.read_bytes() == build(example, str(tmp_path / "again.html")).read_bytes()
+    assert example == before
+
+
+def test_an_older_file_and_a_busy_machine_are_named(example: Json, tmp_path: Path) -> None:
+    example["schema"], example["canary"]["busy"] = 0, True
+    text = Page(render(example, tmp_path)).text
+    assert "schema 0" in text
+    assert "The machine was busy" in text
+    assert "The machine was busy" in summary(example)
+
+
+def test_the_summary_is_an_aligned_table(example: Json) -> None:
+    lines = summary(example).splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("op "))
+    table = lines[start : lines.index("", start)]
+    assert len(table) == 1 + len(data.read(example).panels)
+    assert {line.index("f") for line in table[1:]} == {table[0].index("dtype")} or "bfloat16" in summary(example)
+    assert len({len(line) for line in table}) == 1
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        (units.seconds(1.234e-5), "12.3 µs"),
+        (units.seconds(9.999e-4), "1.00 ms"),
+        (units.seconds(0.5), "500 ms"),
+        (units.seconds(2.0), "2.00 s"),
+        (units.seconds(None), "–"),
+        (units.si(4.1e11, "FLOP/s"), "410 GFLOP/s"),
+        (units.tick(1e9, ""), "1 G"),
+        (units.tick(1e-4, "s"), "100 µs"),
+        (units.spread(9.5e-4, 1.02e-3), "0.950–1.02 ms"),
+        (units.times(0.9999), "0.99×"),
+        (units.times(1.0), "1.00×"),
+        (units.times(250.0), "250×"),
+        (units.percent(0.834), "83 %"),
+        (units.binary(3 * 2**20), "3 MiB"),
+        (units.error(0.0), "0"),
+    ],
+)
+def test_units(shown: str, expected: str) -> None:
+    assert shown == expected
+
+
+@pytest.mark.parametrize("value", [None, True, "3", math.nan, math.inf, 10**400, [1]])
+def test_only_finite_numbers_are_numbers(value: object) -> None:
+    assert records.number(value) is None
+
+
+@pytest.mark.parametrize("values", [[1.0], [1e-7, 3e-1], [5e8, 5e8], [1e-60, 1e60], [0.9, 1.1]])
+def test_a_log_axis_covers_its_values_with_few_ticks(values: list[float]) -> None:
+    axis = svg.Axis.over(values, "", str, log=True)
+    assert all(0 <= axis.place(value) <= 1 for value in values)
+    ticks = axis.ticks(6)
+    assert 1 <= len(ticks) <= 7
+    assert all(axis.low <= tick <= axis.high for tick in ticks)
+
+
+@pytest.mark.parametrize("values", [[0.0], [3.0, 3.0], [-2.0, 5.0], [1e-12, 2e-12], [1e9, 1e9 + 1]])
+def test_a_linear_axis_covers_its_values_with_few_ticks(values: list[float]) -> None:
+    axis = svg.Axis.over(values, "", str)
+    assert all(0 <= axis.place(value) <= 1 for value in values)
+    assert 1 <= len(axis.ticks(6)) <= 7
+
+
+def test_marks_stand_where_their_values_say() -> None:
+    plot = svg.Plot(svg.Axis(1.0, 100.0, "", str, log=True), svg.Axis(0.0, 10.0, "", str), "a & b", width=400, height=270)
+    left, top = plot.at(1.0, 10.0)
+    right, bottom = plot.at(100.0, 0.0)
+    assert plot.at(10.0, 5.0) == pytest.approx(((left + right) / 2, (top + bottom) / 2))
+    plot.mark((10.0, 5.0), "ours", "circle", "<tip>")
+    assert "&lt;tip&gt;" in plot.svg()
+    assert 'aria-label="a &amp; b"' in plot.svg()
+
+
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+
+
+def browse(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run headless Chromium; every message to the console fails the test."""
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--disable-dev-shm-usage", "--enable-logging=stderr"]
+    command = [str(CHROMIUM), *flags, f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=2000", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert "CONSOLE" not in result.stderr, result.stderr
+    return result
+
+
+@needs_browser
+def test_a_browser_paints_it_light_and_dark(example: Json, tmp_path: Path) -> None:
+    image = pytest.importorskip("matplotlib.image")
+    page = build(example, tmp_path / "index.html")
+    brightness = {}
+    for theme in ("light", "dark"):
+        shot = tmp_path / f"{theme}.png"
+        browse(tmp_path, f"--screenshot={shot}", "--window-size=1280,3000", f"{page.as_uri()}#{theme}")
+        pixels = (image.imread(shot)[..., :3] * 255).astype("uint32")
+        colours = pixels[..., 0] << 16 | pixels[..., 1] << 8 | pixels[..., 2]
+        assert np.unique(colours).size > 100
+        brightness[theme] = float(pixels.mean())
+        ink = (pixels != pixels[5, 5]).any(axis=-1)
+        assert all(band.mean() > 0.01 for band in (ink[:800], ink[800:1600], ink[1600:2400])), theme
+    assert brightness["light"] > 200
+    assert brightness["dark"] < 80
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [320, 390, 1280])
+def test_the_page_never_scrolls_sideways(example: Json, width: int, tmp_path: Path) -> None:
+    example["machine"]["compiler"] = "x" * 300
+    example["machine"]["cpu"] = "Example " + "long" * 40
+    page = render(example, tmp_path)
+    measure = """
+      const page = frame.contentDocument.documentElement, tables = [...page.querySelectorAll(".scroll")];
+      document.title = JSON.stringify({scroll: page.scrollWidth, inner: frame.contentWindow.innerWidth,
+        tables: tables.length, focusable: tables.filter((t) => t.tabIndex === 0).length,
+        button: page.querySelector("#theme").hidden, plots: page.querySelectorAll("svg.plot").length,
+        least: Math.min(...[...page.querySelectorAll("svg.plot")].map((p) => p.getBoundingClientRect().width))});"""
+    frame = f'<iframe id="frame" style="border:0;width:{width}px;height:2000px" srcdoc="{html.escape(page)}"></iframe>'
+    wrapper = tmp_path / "wrapper.html"
+    wrapper.write_text(f"<!doctype html><title></title>{frame}<script>onload = () => {{{measure}}};</script>", encoding="utf-8")
+    title = re.search(r"<title>(.*?)</title>", browse(tmp_path, "--dump-dom", wrapper.as_uri()).stdout)
+    assert title, "the wrapper did not run"
+    found = json.loads(html.unescape(title[1]))
+    assert found["inner"] == width
+    assert found["scroll"] <= found["inner"]
+    assert found["tables"] == found["focusable"] > 5
+    assert found["button"] is False
+    assert found["plots"] > 5
+    assert found["least"] > 200
+
+
+@needs_browser
+def test_the_toggle_and_the_tooltip_work(small: Json, tmp_path: Path) -> None:
+    page = build(small, tmp_path / "index.html")
+    act = """<script>
+      const before = document.documentElement.dataset.theme;
+      document.getElementById("theme").click();
+      const mark = document.querySelector("svg.plot .mark.ours"), box = mark.getBoundingClientRect();
+      mark.dispatchEvent(new PointerEvent("pointermove", {bubbles: true, clientX: box.x + 2, clientY: box.y + 2}));
+      document.body.dataset.found = [before, document.documentElement.dataset.theme, document.getElementById("tip").hidden].join();
+    </script>"""
+    page.write_text(page.read_text(encoding="utf-8").replace("</body>", act + "</body>"), encoding="utf-8")
+    dom = browse(tmp_path, "--dump-dom", f"{page.as_uri()}#light").stdout
+    assert 'data-found="light,dark,false"' in dom
+    assert re.search(r'<div id="tip"[^>]*>linear ', dom)
