@@ -6,8 +6,8 @@ Backward    dz     = dy · act'(z)                       never stored: formed wh
             dW[n,k] = Σ_m dz[m,n] x[m,k]
             db[n]   = Σ_m dz[m,n]
 
-relu, leaky_relu, sigmoid and tanh have a derivative that y alone determines, so y is what the backward keeps; gelu and silu need z, which
-the forward then writes beside y.
+relu, sigmoid and tanh have a derivative that y alone determines, so y is what the backward keeps; the others need z, which the forward then
+writes beside y.
 
 Shapes      x (*, K)   weight (N, K)   bias (N,) or None   y (*, N);   * is any number of batch dimensions, M their product
 Work        2MNK flops forward, 4MNK backward; MK + NK + N + MN elements moved forward: the flops decide unless M is small, when reading W does
@@ -39,7 +39,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu": Activation(1, "y", lambda z, slope: F.relu(z)),
     "gelu": Activation(2, "z", lambda z, slope: F.gelu(z)),
     "gelu_tanh": Activation(3, "z", lambda z, slope: F.gelu(z, approximate="tanh")),
-    "leaky_relu": Activation(4, "y", F.leaky_relu),
+    "leaky_relu": Activation(4, "z", F.leaky_relu),
     "sigmoid": Activation(5, "y", lambda z, slope: torch.sigmoid(z)),
     "tanh": Activation(6, "y", lambda z, slope: torch.tanh(z)),
     "silu": Activation(7, "z", lambda z, slope: F.silu(z)),

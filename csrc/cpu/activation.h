@@ -1,0 +1,67 @@
+// The activations as function objects: value(z), and gradient(dy, saved) = dy act'(z)
+// where saved is y for those whose derivative y determines, z for the rest.
+// The codes are those of dlkernels/ops/linear.py. Any GEMM epilogue can apply one to a row of a tile; any reader can form dz with one.
+#pragma once
+#include "math.h"
+#include "simd.h"
+
+enum Code { NONE, RELU, GELU, GELU_TANH, LEAKY_RELU, SIGMOID, TANH, SILU, CODES };
+
+struct Activation {
+    int code;
+    double slope;  // of leaky_relu
+
+    // f(value, gradient) with the pair of functions that `code` names; T is float or double.
+    template <class T, class F> void with(const F& f) const {
+        using V = vec<T>;
+        const V zero{}, one = set(T(1)), half = set(T(0.5)), a = set(T(slope));
+        switch (code) {
+            case NONE: return f([](V z) { return z; }, [](V d, V) { return d; });
+            // z < 0 rather than max(z, 0): a NaN passes through
+            case RELU: return f([=](V z) { return z < zero ? zero : z; }, [=](V d, V y) { return y <= zero ? zero : d; });
+            case LEAKY_RELU: return f([=](V z) { return z > zero ? z : z * a; }, [=](V d, V z) { return z > zero ? d : d * a; });
+            case SIGMOID: return f([](V z) { return sigmoid<T>(z); }, [=](V d, V y) { return d * y * (one - y); });
+            case TANH: return f([](V z) { return tanh<T>(z); }, [=](V d, V y) { return d * (one - y * y); });
+            case SILU:
+                return f([](V z) { return z * sigmoid<T>(z); }, [=](V d, V z) {
+                    V s = sigmoid<T>(z);
+                    return d * s * (one + z * (one - s));
+                });
+            case GELU:
+                return f([](V z) { return z * gauss_cdf<T>(z); }, [](V d, V z) {
+                    return d * (gauss_cdf<T>(z) + z * gauss_pdf<T>(z));
+                });
+            case GELU_TANH: {  // z/2 (1 + tanh u),  u = sqrt(2/pi) (z + 0.044715 z^3)
+                const V c = set(T(0.79788456080286535588)), d = set(T(0.044715));
+                return f([=](V z) { return half * z * (one + tanh<T>(c * (z + d * z * z * z))); }, [=](V g, V z) {
+                    V t = tanh<T>(c * (z + d * z * z * z));
+                    return g * half * ((one + t) + z * (one - t * t) * c * (one + T(3) * d * z * z));
+                });
+            }
+        }
+    }
+
+    // y = act(sums + bias), and z = sums + bias where it is asked for; bias and z may be null.
+    template <class S, class T> void apply(const S* sums, const T* bias, T* y, T* z, int n) const {
+        with<S>([=](auto value, auto) {
+            for (int j = 0; j < n; j += VL<S>) {
+                vec<S> v = load(sums + j, n - j);
+                if (bias) v += load(bias + j, n - j);
+                if (z) store(z + j, v, n - j);
+                store(y + j, value(v), n - j);
+            }
+        });
+    }
+
+    // dz = dy * act'(saved)
+    template <class T, class E> void gradient(const T* dy, const T* saved, E* dz, int n) const {
+        using S = compute_t<T>;
+        if (code == NONE) {
+            for (int j = 0; j < n; j += VL<S>) store(dz + j, load(dy + j, n - j));
+            return;
+        }
+        with<S>([=](auto, auto f) {
+            for (int j = 0; j < n; j += VL<S>) store(dz + j, f(load(dy + j, n - j), load(saved + j, n - j)));
+        });
+    }
+};

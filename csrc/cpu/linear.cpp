@@ -1,0 +1,170 @@
+// linear: y = act(x W^T + b), its gradients, and nothing but readers and epilogues for the one product in gemm.h.
+//
+//   forward   C[m,n] = sum_k x[m,k] W[n,k]        epilogue: + b[n], act, store
+//   dx        C[m,k] = sum_n dz[m,n] W[n,k]       A reads dz = dy * act'(saved) on the fly
+//   dweight   C[n,k] = sum_m dz[m,n] x[m,k]       A reads dz transposed, on the fly
+//   dbias     column sums of dz
+#include "activation.h"
+#include "gemm.h"
+#include "op.h"
+
+namespace {
+
+constexpr const char* FORWARD = "linear_forward";
+constexpr const char* BACKWARD = "linear_backward";
+
+// A matrix in memory: element (i, j) is p[i * rs + j * cs].
+template <class T> struct Matrix {
+    T* p;
+    int64_t rs, cs;
+    Matrix transposed() const { return {p, cs, rs}; }
+};
+template <class T> Matrix<T> matrix(const Tensor& t) { return {static_cast<T*>(t.mutable_data_ptr()), t.stride(0), t.stride(1)}; }
+
+// Read a stored matrix: as it lies where the product computes in its type, widened into scratch otherwise.
+template <int Slot, class T, class E> Block<E> read(Matrix<T> x, int64_t r0, int rows, int64_t k0, int kc) {
+    const T* p = x.p + r0 * x.rs + k0 * x.cs;
+    if constexpr (std::is_same_v<T, E>) return {p, x.rs, x.cs};
+    bool along_k = x.cs == 1;
+    int outer = along_k ? rows : kc, inner = along_k ? kc : rows;
+    int64_t stride = along_k ? x.rs : x.cs, ld = round_up(inner, VL<E>);
+    E* out = scratch<E, Slot>(outer * ld);
+    for (int i = 0; i < outer; i++)
+        for (int j = 0; j < inner; j += VL<E>) store(out + i * ld + j, load(p + i * stride + j, inner - j));
+    return along_k ? Block<E>{out, ld, 1} : Block<E>{out, 1, ld};
+}
+
+// Read dz = dy * act'(saved), formed in scratch.
+template <int Slot, class T, class E> Block<E> read_dz(Activation act, Matrix<T> dy, Matrix<T> saved, int64_t r0, int rows, int64_t k0, int kc) {
+    if (act.code == NONE) return read<Slot, T, E>(dy, r0, rows, k0, kc);
+    bool along_k = dy.cs == 1;
+    int outer = along_k ? rows : kc, inner = along_k ? kc : rows;
+    int64_t ld = round_up(inner, VL<compute_t<T>>);
+    E* out = scratch<E, Slot>(outer * ld);
+    const T *d = dy.p + r0 * dy.rs + k0 * dy.cs, *s = saved.p + r0 * saved.rs + k0 * saved.cs;
+    for (int i = 0; i < outer; i++)
+        act.gradient(d + i * (along_k ? dy.rs : dy.cs), s + i * (along_k ? saved.rs : saved.cs), out + i * ld, inner);
+    return along_k ? Block<E>{out, ld, 1} : Block<E>{out, 1, ld};
+}
+
+template <class T, class F> void multiply(int64_t M, int64_t N, int64_t K, Reader<typename Micro<T>::Element> A,
+                                          Reader<typename Micro<T>::Element> B, T* out, const F& epilogue) {
+    using Sum = typename Micro<T>::Sum;
+    Gemm<Micro<T>> gemm{M, N, K, A, B, epilogue};
+    if constexpr (std::is_same_v<T, Sum>) gemm.sums = out, gemm.ld_sums = N;
+    gemm.run(threads(), [](int64_t n, const auto& body) { parallel(n, body); });
+}
+
+// The epilogue of a product without one: store the tile. In place already where the output holds the partial sums.
+template <class T, class Sum> void store_tile(const Tile<Sum>& t, T* out, int64_t ld) {
+    for (int i = 0; i < t.rows; i++)
+        for (int j = 0; j < t.columns; j += VL<Sum>)
+            store(out + (t.m + i) * ld + t.n + j, load(t.p + i * t.ld + j), t.columns - j);
+}
+
+template <class T> void forward(Activation act, Matrix<T> x, Matrix<T> weight, const T* bias, T* y, T* z, int64_t M, int64_t N, int64_t K) {
+    using E = typename Micro<T>::Element;
+    using Sum = typename Micro<T>::Sum;
+    auto A = [=](int64_t r0, int rows, int64_t k0, int kc) { return read<3, T, E>(x, r0, rows, k0, kc); };
+    auto B = [=](int64_t r0, int rows, int64_t k0, int kc) { return read<3, T, E>(weight, r0, rows, k0, kc); };
+    multiply<T>(M, N, K, A, B, y, [=](const Tile<Sum>& t) {
+        for (int i = 0; i < t.rows; i++) {
+            int64_t at = (t.m + i) * N + t.n;
+            act.apply(t.p + i * t.ld, bias ? bias + t.n : nullptr, y + at, z ? z + at : nullptr, t.columns);
+        }
+    });
+}
+
+template <class T> void input_gradient(Activation act, Matrix<T> dy, Matrix<T> saved, Matrix<T> weight, T* dx, int64_t M, int64_t N, int64_t K) {
+    using E = typename Micro<T>::Element;
+    auto A = [=](int64_t r0, int rows, int64_t k0, int kc) { return read_dz<3, T, E>(act, dy, saved, r0, rows, k0, kc); };
+    auto B = [=](int64_t r0, int rows, int64_t k0, int kc) { return read<3, T, E>(weight.transposed(), r0, rows, k0, kc); };
+    multiply<T>(M, K, N, A, B, dx, [=](const auto& t) { store_tile(t, dx, K); });
+}
+
+template <class T> void weight_gradient(Activation act, Matrix<T> dy, Matrix<T> saved, Matrix<T> x, T* dweight, int64_t M, int64_t N, int64_t K) {
+    using E = typename Micro<T>::Element;
+    auto A = [=](int64_t r0, int rows, int64_t k0, int kc) {
+        return read_dz<3, T, E>(act, dy.transposed(), saved.transposed(), r0, rows, k0, kc);
+    };
+    auto B = [=](int64_t r0, int rows, int64_t k0, int kc) { return read<3, T, E>(x.transposed(), r0, rows, k0, kc); };
+    multiply<T>(N, K, M, A, B, dweight, [=](const auto& t) { store_tile(t, dweight, K); });
+}
+
+// Each thread owns a strip of columns and adds its rows in order.
+template <class T> void bias_gradient(Activation act, Matrix<T> dy, Matrix<T> saved, T* dbias, int64_t M, int64_t N) {
+    using C = compute_t<T>;
+    constexpr int64_t STRIP = 8 * VL<C>;
+    int64_t strips = (N + STRIP - 1) / STRIP;
+    auto body = [&](int64_t begin, int64_t end) {
+        for (int64_t n = begin * STRIP; n < std::min(N, end * STRIP); n += STRIP) {
+            int columns = std::min(STRIP, N - n);
+            alignas(64) C sum[STRIP] = {}, dz[STRIP];
+            for (int64_t m = 0; m < M; m++) {
+                act.gradient(dy.p + m * dy.rs + n, saved.p ? saved.p + m * saved.rs + n : nullptr, dz, columns);
+                for (int j = 0; j < columns; j += VL<C>) store(sum + j, load(sum + j) + load(dz + j));
+            }
+            for (int j = 0; j < columns; j += VL<C>) store(dbias + n + j, load(sum + j), columns - j);
+        }
+    };
+    if (M * N < 1 << 16) body(0, strips);
+    else parallel(strips, body);
+}
+
+Activation checked_activation(const char* op, int64_t code, double slope) {
+    if (code < 0 || code >= CODES) fail(op, ": activation has code ", code, ", needs 0 to ", CODES - 1);
+    return {int(code), slope};
+}
+
+// ---- the ops, with every argument checked ------------------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor> linear_forward(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t activation, double slope, bool save) {
+    ranked(FORWARD, "x", x, 2), ranked(FORWARD, "weight", weight, 2);
+    int64_t M = x.size(0), K = x.size(1), N = weight.size(0);
+    ScalarType dtype = x.scalar_type();
+    checked(FORWARD, "x", x, dtype, {M, K});
+    checked(FORWARD, "weight", weight, dtype, {N, K});
+    if (bias) checked(FORWARD, "bias", *bias, dtype, {N});
+    Activation act = checked_activation(FORWARD, activation, slope);
+    Tensor xs = row_or_column_major(x), ws = row_or_column_major(weight), bs = bias ? torch::stable::contiguous(*bias) : weight;
+    Tensor y = empty(x, {M, N}), z = save ? empty(x, {M, N}) : empty(x, {0});
+    with_type(FORWARD, dtype, [&](auto type) {
+        using T = decltype(type);
+        forward<T>(act, matrix<T>(xs), matrix<T>(ws), bias ? static_cast<const T*>(bs.data_ptr()) : nullptr, static_cast<T*>(y.data_ptr()),
+                   save ? static_cast<T*>(z.data_ptr()) : nullptr, M, N, K);
+    });
+    return {y, z};
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor saved, int64_t activation, double slope,
+                                                   bool need_dx, bool need_dweight, bool need_dbias) {
+    ranked(BACKWARD, "x", x, 2), ranked(BACKWARD, "weight", weight, 2);
+    int64_t M = x.size(0), K = x.size(1), N = weight.size(0);
+    ScalarType dtype = x.scalar_type();
+    checked(BACKWARD, "x", x, dtype, {M, K});
+    checked(BACKWARD, "weight", weight, dtype, {N, K});
+    checked(BACKWARD, "dy", dy, dtype, {M, N});
+    Activation act = checked_activation(BACKWARD, activation, slope);
+    if (act.code != NONE) checked(BACKWARD, "saved", saved, dtype, {M, N});
+    // dz is read along rows of dy and saved together, so both are row-major.
+    Tensor d = torch::stable::contiguous(dy), s = torch::stable::contiguous(saved);
+    Tensor xs = row_or_column_major(x), ws = row_or_column_major(weight);
+    Tensor dx = need_dx ? empty(x, {M, K}) : empty(x, {0});
+    Tensor dweight = need_dweight ? empty(x, {N, K}) : empty(x, {0});
+    Tensor dbias = need_dbias ? empty(x, {N}) : empty(x, {0});
+    with_type(BACKWARD, dtype, [&](auto type) {
+        using T = decltype(type);
+        Matrix<T> dm = {static_cast<T*>(d.data_ptr()), N, 1}, sm = {act.code == NONE ? nullptr : static_cast<T*>(s.data_ptr()), N, 1};
+        if (need_dx) input_gradient<T>(act, dm, sm, matrix<T>(ws), static_cast<T*>(dx.data_ptr()), M, N, K);
+        if (need_dweight) weight_gradient<T>(act, dm, sm, matrix<T>(xs), static_cast<T*>(dweight.data_ptr()), M, N, K);
+        if (need_dbias) bias_gradient<T>(act, dm, sm, static_cast<T*>(dbias.data_ptr()), M, N);
+    });
+    return {dx, dweight, dbias};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(dlkernels, CPU, m) {
+    m.impl("linear_forward", TORCH_BOX(&linear_forward));
+    m.impl("linear_backward", TORCH_BOX(&linear_backward));
+}

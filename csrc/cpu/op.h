@@ -1,0 +1,85 @@
+// The bridge to PyTorch, and the only file that includes it: the stable ABI of torch 2.10, so one binary serves every torch since.
+//
+// Kernels get a Matrix: a checked pointer with sizes and strides. `checked` is the one entrance: shape, dtype, device and layout are
+// compared there, because torch.ops.dlkernels.* can be called without the Python in front of it.
+#pragma once
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include "simd.h"
+
+using Tensor = torch::stable::Tensor;
+using torch::headeronly::ScalarType;
+
+template <class... Parts> [[noreturn]] void fail(const Parts&... parts) {
+    std::ostringstream message;
+    (message << ... << parts);
+    throw std::runtime_error(message.str());
+}
+
+inline std::string shape_text(const Tensor& t) {
+    std::ostringstream text;
+    text << "(";
+    for (size_t i = 0; i < t.sizes().size(); i++) text << (i ? ", " : "") << t.sizes()[i];
+    text << ")";
+    return text.str();
+}
+
+// Require `t` to be a strided CPU tensor of this dtype and shape; `name` and `op` appear in the message.
+inline const Tensor& checked(const char* op, const char* name, const Tensor& t, ScalarType dtype, std::initializer_list<int64_t> shape) {
+    if (!t.defined()) fail(op, ": ", name, " is undefined, needs a tensor");
+    if (!t.is_cpu()) fail(op, ": ", name, " is not on the cpu, where this kernel runs");
+    if (t.layout() != torch::headeronly::Layout::Strided) fail(op, ": ", name, " must be a strided tensor");
+    if (t.scalar_type() != dtype)
+        fail(op, ": ", name, " has dtype ", toString(t.scalar_type()), ", needs ", toString(dtype), " like the other arguments");
+    bool fits = t.sizes().size() == shape.size();
+    for (size_t i = 0; fits && i < shape.size(); i++) fits = t.sizes()[i] == shape.begin()[i];
+    if (!fits) {
+        std::ostringstream wanted;
+        for (size_t i = 0; i < shape.size(); i++) wanted << (i ? ", " : "") << shape.begin()[i];
+        fail(op, ": ", name, " has shape ", shape_text(t), ", needs (", wanted.str(), ")");
+    }
+    return t;
+}
+
+// The rank of `t`, which the shapes of the other arguments are read from.
+inline const Tensor& ranked(const char* op, const char* name, const Tensor& t, int64_t rank) {
+    if (!t.defined() || t.dim() != rank) fail(op, ": ", name, " must have ", rank, " dimensions, got ", t.defined() ? t.dim() : 0);
+    return t;
+}
+
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape) {
+    return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), like.scalar_type());
+}
+
+// The tensor itself where one of its two dimensions is contiguous, else a contiguous copy.
+inline Tensor row_or_column_major(const Tensor& t) {
+    int64_t rows = t.size(0), columns = t.size(1), rs = t.stride(0), cs = t.stride(1);
+    bool row_major = cs == 1 && (rs >= columns || rows <= 1), column_major = rs == 1 && (cs >= rows || columns <= 1);
+    return row_major || column_major ? t : torch::stable::contiguous(t);
+}
+
+// body(begin, end) over parts of [0, n) on torch's own threads.
+template <class Body> void parallel(int64_t n, const Body& body) {
+    if (n <= 1) return body(0, n);
+    torch::stable::parallel_for(0, n, 1, body);
+}
+inline int64_t threads() { return torch::stable::get_num_threads(); }
+
+// Call f with a value of the C++ type that `dtype` names.
+template <class F> auto with_type(const char* op, ScalarType dtype, const F& f) {
+    switch (dtype) {
+        case ScalarType::Float: return f(float{});
+        case ScalarType::Double: return f(double{});
+        case ScalarType::BFloat16: return f(bf16{});
+        case ScalarType::Half: return f(f16{});
+        default: fail(op, ": dtype ", toString(dtype), " is not supported; needs Float, Double, BFloat16 or Half");
+    }
+}

@@ -1,0 +1,151 @@
+// Vectors that read like numbers. The only file in which an instruction set is named.
+//
+//   vec<float> v = load(x + i);           VL<float> numbers at once (any storage type in, compute type out)
+//   store(y + i, v * a + b, n);           the first n lanes: every tail is a masked load or store, never a second loop
+//
+// A vec is the compiler's own vector type, so + - * / < ?: work lane by lane and a * b + c becomes one fused multiply-add.
+// bf16 and f16 are storage only: load widens them to float, store rounds back to nearest even.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+constexpr int VECTOR_BYTES = 64, MR = 14, NV = 2;  // register tile: 28 accumulators + 2 of B + 1 of A, of 32 registers
+#elif defined(__AVX2__)
+constexpr int VECTOR_BYTES = 32, MR = 6, NV = 2;   // 12 + 2 + 1, of 16
+#else
+constexpr int VECTOR_BYTES = 16, MR = 6, NV = 2;
+#endif
+
+struct bf16 { uint16_t bits; };  // the upper half of a float
+struct f16 { uint16_t bits; };   // IEEE binary16
+
+template <class T> struct compute { using type = float; };
+template <> struct compute<double> { using type = double; };
+template <class T> using compute_t = typename compute<T>::type;  // what arithmetic on a stored T is done in
+
+template <class T> struct vector_of { typedef T type __attribute__((vector_size(VECTOR_BYTES))); };
+template <class T> using vec = typename vector_of<T>::type;
+template <class T> constexpr int VL = VECTOR_BYTES / sizeof(T);
+template <class T> using ints = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;  // integers as wide as T
+
+typedef uint16_t halves __attribute__((vector_size(VECTOR_BYTES / 2)));  // VL<float> stored half-precision numbers
+
+template <class To, class From> inline To bits_as(From x) {
+    static_assert(sizeof(To) == sizeof(From));
+    To y;
+    memcpy(&y, &x, sizeof(y));
+    return y;
+}
+template <class T> inline vec<T> set(T x) { return x - vec<T>{}; }  // x - 0 is x, so this is one broadcast
+template <class V> inline V max(V a, V b) { return a > b ? a : b; }
+template <class V> inline V min(V a, V b) { return a < b ? a : b; }
+template <class V> inline V abs(V a) { return a < 0 ? -a : a; }
+
+// ---- raw loads and stores of V, whole or of its first n lanes ------------------------------------------------------------------
+
+template <class V, class T> inline V load_raw(const T* p) {
+    V v;
+    memcpy(&v, p, sizeof(v));
+    return v;
+}
+template <class V, class T> inline V load_raw(const T* p, int n) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(V) == 64 && sizeof(T) == 4) return bits_as<V>(_mm512_maskz_loadu_epi32((1u << n) - 1, p));
+    if constexpr (sizeof(V) == 64 && sizeof(T) == 8) return bits_as<V>(_mm512_maskz_loadu_epi64((1u << n) - 1, p));
+    if constexpr (sizeof(V) == 32 && sizeof(T) == 2) return bits_as<V>(_mm256_maskz_loadu_epi16((1u << n) - 1, p));
+#endif
+    V v{};
+    memcpy(&v, p, n * sizeof(T));
+    return v;
+}
+template <class V, class T> inline void store_raw(T* p, V v) { memcpy(p, &v, sizeof(v)); }
+template <class V, class T> inline void store_raw(T* p, V v, int n) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(V) == 64 && sizeof(T) == 4) return _mm512_mask_storeu_epi32(p, (1u << n) - 1, bits_as<__m512i>(v));
+    if constexpr (sizeof(V) == 64 && sizeof(T) == 8) return _mm512_mask_storeu_epi64(p, (1u << n) - 1, bits_as<__m512i>(v));
+    if constexpr (sizeof(V) == 32 && sizeof(T) == 2) return _mm256_mask_storeu_epi16(p, (1u << n) - 1, bits_as<__m256i>(v));
+#endif
+    memcpy(p, &v, n * sizeof(T));
+}
+
+// ---- half precision ------------------------------------------------------------------------------------------------------------
+
+inline vec<float> widen(halves h, bf16) { return bits_as<vec<float>>(__builtin_convertvector(h, vec<uint32_t>) << 16); }
+inline halves narrow(vec<float> v, bf16) {  // round to nearest even; a NaN stays one
+    vec<uint32_t> u = bits_as<vec<uint32_t>>(v), rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    return __builtin_convertvector(v != v ? vec<uint32_t>{} + 0x7fc0 : rounded, halves);
+}
+inline vec<float> widen(halves h, f16) {
+#if defined(__AVX512F__)
+    return bits_as<vec<float>>(_mm512_cvtph_ps(bits_as<__m256i>(h)));
+#elif defined(__F16C__)
+    return bits_as<vec<float>>(_mm256_cvtph_ps(bits_as<__m128i>(h)));
+#else
+    vec<float> v;
+    for (int i = 0; i < VL<float>; i++) v[i] = float(bits_as<_Float16>(uint16_t(h[i])));
+    return v;
+#endif
+}
+inline halves narrow(vec<float> v, f16) {
+#if defined(__AVX512F__)
+    return bits_as<halves>(_mm512_cvtps_ph(bits_as<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+    return bits_as<halves>(_mm256_cvtps_ph(bits_as<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+#else
+    halves h;
+    for (int i = 0; i < VL<float>; i++) h[i] = bits_as<uint16_t>(_Float16(v[i]));
+    return h;
+#endif
+}
+
+// ---- load and store: any storage type, compute type in the register -------------------------------------------------------------
+
+template <class T> inline vec<compute_t<T>> load(const T* p) {
+    if constexpr (sizeof(T) == 2) return widen(load_raw<halves>(p), T{});
+    else return load_raw<vec<T>>(p);
+}
+template <class T> inline vec<compute_t<T>> load(const T* p, int n) {
+    if (n >= VL<compute_t<T>>) return load(p);
+    if constexpr (sizeof(T) == 2) return widen(load_raw<halves>(p, n), T{});
+    else return load_raw<vec<T>>(p, n);
+}
+template <class T> inline void store(T* p, vec<compute_t<T>> v) {
+    if constexpr (sizeof(T) == 2) store_raw(p, narrow(v, T{}));
+    else store_raw(p, v);
+}
+template <class T> inline void store(T* p, vec<compute_t<T>> v, int n) {
+    if (n >= VL<compute_t<T>>) return store(p, v);
+    if constexpr (sizeof(T) == 2) store_raw(p, narrow(v, T{}), n);
+    else store_raw(p, v, n);
+}
+
+// 2^e for integer-valued e: built in the exponent field, so e must lie in the normal range.
+template <class T> inline vec<T> pow2(vec<ints<T>> e) {
+    constexpr int mantissa = sizeof(T) == 8 ? 52 : 23, bias = sizeof(T) == 8 ? 1023 : 127;
+    return bits_as<vec<T>>((e + bias) << mantissa);
+}
+
+// ---- transpose a VL x VL square of numbers held in VL registers ------------------------------------------------------------------
+// log2(VL) passes; pass S swaps the off-diagonal S x S blocks of every 2S x 2S block.
+
+template <int S, class V, int... L> inline void swap_blocks(V& a, V& b, std::integer_sequence<int, L...>) {
+    constexpr int n = sizeof...(L);
+    V low = __builtin_shufflevector(a, b, ((L & S) ? n + L - S : L)...);
+    b = __builtin_shufflevector(a, b, ((L & S) ? n + L : L + S)...);
+    a = low;
+}
+template <int S = 1, class V, int n> inline void transpose(V (&row)[n]) {
+    if constexpr (S < n) {
+#pragma GCC unroll 32
+        for (int i = 0; i < n; i++)
+            if (!(i & S)) swap_blocks<S>(row[i], row[i | S], std::make_integer_sequence<int, n>{});
+        transpose<2 * S>(row);
+    }
+}
