@@ -74,30 +74,33 @@ template <class T, int n> inline vec<T> polynomial(const T (&c)[n], vec<T> x) {
 // x - y = 2 n ln 2 + r with n an integer and |r| <= ln 2, so that e^(x - y) = s e^r s with s = 2^n. y is a small correction to x.
 // An even power of two splits into two equal factors that are always normal numbers: s s overflows, underflows and rounds to subnormals
 // by itself where e^x does. n appears by adding a number so large that the spacing of its neighbours is 1; the exponent bias is in it
-// too, so a shift of the same bits makes s. n * two_ln2_high is exact, with and without fused multiply-add.
-template <class T> struct reduced { vec<T> r, s; };
+// too, so a shift of the same bits makes s. r = high - low, where high is exact, with or without fused multiply-add.
+template <class T> struct reduced { vec<T> high, low, s; };
 template <class T> inline reduced<T> reduce(vec<T> x, vec<T> y = vec<T>{}) {
     using C = coefficients<T>;
     constexpr T half_log2e = T(0.72134752044448170368), round = T(3LL << (C::mantissa - 1)) + C::bias;
     vec<T> shifted = (x - y) * half_log2e + round, n = shifted - round;
-    return {(x - n * C::two_ln2_high) - n * C::two_ln2_low - y, bits_as<vec<T>>(bits_as<bits<T>>(shifted) << C::mantissa)};
+    return {x - n * C::two_ln2_high, y + n * C::two_ln2_low, bits_as<vec<T>>(bits_as<bits<T>>(shifted) << C::mantissa)};
 }
 
-// e^r - 1 = r + r^2 Q(r), nowhere cancelling.
-template <class T> inline vec<T> expm1_reduced(vec<T> r) { return r + r * r * polynomial(coefficients<T>::exp, r); }
+// e^r - 1 = r + r^2 Q(r), nowhere cancelling; what r lost to rounding is put back: high + (r^2 Q(r) - low).
+template <class T> inline vec<T> expm1(reduced<T> x) {
+    vec<T> r = x.high - x.low;
+    return x.high + (r * r * polynomial(coefficients<T>::exp, r) - x.low);
+}
 
 // e^(x - y) for |y| much smaller than |x|. The clamps keep n in the exponent's range; min and max return their second argument for NaN.
 template <class T> inline vec<T> exp(vec<T> x, vec<T> y = vec<T>{}) {
     using C = coefficients<T>;
     x = min(set<T>(C::exp_high), max(set<T>(C::exp_low), x));
-    auto [r, s] = reduce<T>(x, y);
-    return (1 + expm1_reduced<T>(r)) * s * s;
+    reduced<T> parts = reduce<T>(x, y);
+    return (1 + expm1<T>(parts)) * parts.s * parts.s;
 }
 
 // tanh |x| = -m / (m + 2) with m = e^(-2|x|) - 1 = s^2 (e^r - 1) + (s^2 - 1): near 0 nothing cancels, far out m = -1.
 template <class T> inline vec<T> tanh(vec<T> x) {
-    auto [r, s] = reduce<T>(-2 * min(set<T>(coefficients<T>::tanh_high), magnitude<T>(x)));
-    vec<T> m = s * s * expm1_reduced<T>(r) + (s * s - 1);
+    reduced<T> parts = reduce<T>(-2 * min(set<T>(coefficients<T>::tanh_high), magnitude<T>(x)));
+    vec<T> s2 = parts.s * parts.s, m = s2 * expm1<T>(parts) + (s2 - 1);
     return with_sign_of<T>(x, magnitude<T>(m) / (m + 2));
 }
 
