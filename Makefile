@@ -34,18 +34,20 @@ clean:  ## remove what the other targets made, .venv included
 	rm -rf $(VENV) build dist report *.egg-info dlkernels/*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-install: $(VENV)/.built
+install: $(VENV)/.built  # into .venv, editable: what every target above stands on
 
 $(VENV)/.made:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "dlkernels needs Python 3.10 or newer; set PYTHON=python3.x")'
-	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "no working venv module: on Debian and Ubuntu, apt install python3-venv"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "dlkernels needs Python 3.10 or newer: make PYTHON=python3.x")'
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "no working venv module; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
 	@touch $@
 
 # Torch first and pinned: whatever is installed after it finds its requirement met.
 $(VENV)/.requirements: $(VENV)/.made $(CONSTRAINTS)
-	$(PIP) install --quiet --constraint $(CONSTRAINTS) torch setuptools wheel pybind11 ninja
+	@echo 'installing PyTorch into $(VENV) (once)'
+	@$(PIP) install --quiet --constraint $(CONSTRAINTS) torch setuptools wheel pybind11 ninja
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.requirements $(SOURCES)
-	$(PIP) install --quiet --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[test,bench,course]'
+	@echo 'building dlkernels'
+	@$(PIP) install --quiet --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[test,bench,course]'
 	@touch $@
