@@ -43,7 +43,7 @@ std::vector<std::string> supported_isas() {
 
 std::string preferred_isa() {
     std::vector<std::string> names = supported_isas();
-    // Intel's vdpbf16ps does as many multiply-adds a second as its fp32 FMA would do in twice the time; AMD's does twice as many.
+    // Intel's vdpbf16ps does half as many multiply-adds a second as its float32 FMA, AMD's twice as many.
     if (names.back() == "avx512_bf16" && cpu_vendor() == "GenuineIntel") names.pop_back();
     return names.back();
 }

@@ -7,7 +7,7 @@
 
 namespace dlkernels::host {
 
-// probes.cpp: the loops this CPU can run
+// probes.cpp: the loops this CPU can run, those that may be its fastest
 struct FlopsProbe {
     double flops;                       // per repeat
     void (*run)(std::int64_t repeats);  // on the calling thread, registers only

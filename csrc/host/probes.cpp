@@ -108,42 +108,30 @@ __attribute__((target("amx-tile,amx-bf16,avx512f"))) void tile_bf16(std::int64_t
 
 #endif
 
-struct Candidate {
-    FlopsProbe probe;
-    std::vector<std::string> needs;
-};
-
 template <class T>
-std::vector<Candidate> multiply_adds() {
-    return {
-        {baseline::multiply_add_probe<T>, {}},
+std::vector<FlopsProbe> multiply_adds() {
+    std::vector<FlopsProbe> usable;
 #if defined(__x86_64__)
-        {avx2::multiply_add_probe<T>, {"avx2", "fma"}},
-        {avx512::multiply_add_probe<T>, {"avx512f"}},
+    if (has_features({"avx512f"})) usable.push_back(avx512::multiply_add_probe<T>);
+    if (has_features({"avx2", "fma"})) usable.push_back(avx2::multiply_add_probe<T>);  // some CPUs run 512 bits at half the rate
+    if (!usable.empty()) return usable;
 #endif
-    };
-}
-
-// Multiply-adds that serve a type: float16 is converted to float32 first, and so is bfloat16 where nothing better exists.
-std::vector<Candidate> candidates(const std::string& dtype) {
-    if (dtype == "float64") return multiply_adds<double>();
-    std::vector<Candidate> all = multiply_adds<float>();
-#if defined(__x86_64__)
-    if (dtype == "bfloat16") {
-        all.push_back({{kDotChains * 16 * 4.0, dot_bf16}, {"avx512f", "avx512_bf16"}});
-        all.push_back({{kTileChains * 16 * 16 * 32 * 2.0, tile_bf16}, {"amx_tile", "amx_bf16"}});
-    }
-#endif
-    return all;
+    usable.push_back(baseline::multiply_add_probe<T>);
+    return usable;
 }
 
 }  // namespace
 
+// float16 is converted to float32 first, and so is bfloat16 where nothing better exists.
 std::vector<FlopsProbe> flops_probes(const std::string& dtype) {
-    std::vector<FlopsProbe> usable;
-    for (const Candidate& candidate : candidates(dtype)) {
-        if (has_features(candidate.needs)) usable.push_back(candidate.probe);
+    if (dtype == "float64") return multiply_adds<double>();
+    std::vector<FlopsProbe> usable = multiply_adds<float>();
+#if defined(__x86_64__)
+    if (dtype == "bfloat16" && has_features({"amx_tile", "amx_bf16"})) {
+        return {{kTileChains * 16 * 16 * 32 * 2.0, tile_bf16}};  // at least eight times as much in a cycle as any vector
     }
+    if (dtype == "bfloat16" && has_features({"avx512f", "avx512_bf16"})) usable.push_back({kDotChains * 16 * 4.0, dot_bf16});
+#endif
     return usable;
 }
 

@@ -6,8 +6,8 @@
 
 namespace dlkernels::host::PROBE_ISA {
 
-// Independent chains of acc = acc * a + b, in registers only: enough of them to hide the latency of the multiply-add. The values tend to 2: none becomes
-// infinite or denormal.
+// Independent chains of acc = acc * a + b, in registers only: enough of them to hide the latency of the multiply-add. The values tend
+// to 2: none becomes infinite or denormal.
 template <class T>
 PROBE_TARGET void multiply_add(std::int64_t repeats) {
     typedef T Vector __attribute__((vector_size(PROBE_BYTES)));

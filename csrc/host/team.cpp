@@ -16,7 +16,9 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr double kWindow = 1e-3;  // seconds: long against a barrier, short against the gaps between other programs' turns
+constexpr double kWindow = 250e-6;  // seconds: long against a barrier, short against the turns that other programs take
+constexpr int kLeastWindows = 10;   // where the time brings fewer, because other programs took it,
+constexpr double kGrace = 0.03;     // it is extended by up to so many seconds
 constexpr int kMaxThreads = 4096;
 constexpr double kMaxSeconds = 60;
 
@@ -43,16 +45,23 @@ private:
     std::atomic<int> waiting_{0}, round_{0};
 };
 
-// Runs body(thread) on `threads` new threads: all of them, or, where the system refuses one, none.
+// With a core of its own a waiting thread spins, so that the core is still its own when the last one arrives. Without, it makes room.
+int spins_before_yielding(int threads) { return static_cast<std::size_t>(threads) <= cpus_by_core().size() ? 10'000'000 : 100; }
+
+}  // namespace
+
 void run_team(int threads, const std::function<void(int)>& body) {
     enum Gate { kClosed, kOpen, kCancelled };
     std::atomic<int> gate{kClosed};
+    const std::vector<int> cpus = cpus_by_core();
+    const bool pinned = static_cast<std::size_t>(threads) <= cpus.size();  // a busy system would run unpinned threads by turns on one core
     std::vector<std::thread> team;
     team.reserve(static_cast<std::size_t>(threads));
     int opened = kOpen;
     try {
         for (int thread = 0; thread < threads; ++thread) {
             team.emplace_back([&, thread] {
+                if (pinned) pin_this_thread(cpus[static_cast<std::size_t>(thread)]);
                 while (gate == kClosed) std::this_thread::yield();
                 if (gate == kOpen) body(thread);
             });
@@ -68,25 +77,17 @@ void run_team(int threads, const std::function<void(int)>& body) {
     }
 }
 
-}  // namespace
-
-double best_rate(int threads, double seconds, double amount, const std::function<void(int, std::int64_t)>& work,
-                 const std::function<void(int)>& prepare) {
-    // A core for each thread, or on a busy machine the system runs them by turns and two look as slow as one. With a core of its own
-    // a waiting thread spins, so that the core is still its own when the last one arrives; without, it makes room.
-    const std::vector<int> cpus = cpus_by_core();
-    const bool pinned = static_cast<std::size_t>(threads) <= cpus.size();
-    SpinBarrier barrier(threads, pinned ? 10'000'000 : 100);
+double best_rate(int threads, double seconds, double amount, const std::function<void(int, std::int64_t)>& work) {
+    SpinBarrier barrier(threads, spins_before_yielding(threads));
     std::vector<Clock::time_point> started(static_cast<std::size_t>(threads)), ended(started);
     std::int64_t repeats = 1;
+    int windows = 0;
     double best = 0;
-    bool done = false;  // like repeats and best, written by thread 0 while the others wait at the top of the loop
+    bool done = false;  // like repeats, windows and best, written by thread 0 while the others wait at the top of the loop
+    const Clock::time_point begin = Clock::now();
 
     run_team(threads, [&](int thread) {
         const auto self = static_cast<std::size_t>(thread);
-        if (pinned) pin_this_thread(cpus[self]);
-        prepare(thread);
-        const Clock::time_point begin = Clock::now();
         for (;;) {
             barrier.wait();
             if (done) return;
@@ -101,7 +102,9 @@ double best_rate(int threads, double seconds, double amount, const std::function
                 repeats *= 2;  // still finding the number of repeats that fills a window
             } else {
                 best = std::max(best, amount * static_cast<double>(repeats) / window);
-                done = seconds_between(begin, Clock::now()) >= seconds;
+                ++windows;
+                const double left = seconds - seconds_between(begin, Clock::now());
+                done = left < 0 && (windows >= kLeastWindows || left < -kGrace);
             }
         }
     });
