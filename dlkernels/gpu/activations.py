@@ -115,4 +115,4 @@ DERIVATIVES = (
     identity_backward, relu_backward, gelu_backward, gelu_tanh_backward, leaky_relu_backward, sigmoid_backward, tanh_backward, silu_backward
 )
 LEAKY_RELU = 4
-COSTLY = (2, 3, 7)  # a derivative with an exponential: tens of instructions for each element
+COSTLY = (2, 3, 7)  # a derivative with an exponential: tens of instructions, and as many registers, for each element

@@ -5,7 +5,7 @@ Nothing is measured at a user's first call. ``tune`` fills the table; its keys a
 The model: a program works on one multiprocessor and needs, for each element of the summed dimension,
 
     arithmetic   rows · cols / RATE clocks                        what the tensor cores (or FMA units) sustain
-    reading      (rows + cols) · bytes / 64 clocks                what the L2 cache delivers to one multiprocessor
+    reading      (rows + cols) · bytes / L2 clocks                what the L2 cache delivers to one multiprocessor
     latency      800 / (steps in flight · depth) clocks           a step cannot take less than memory needs to answer
 
 whichever is largest; programs run in waves of one per multiprocessor. Few tiles leave multiprocessors idle, large tiles read less: that
@@ -50,6 +50,7 @@ TILES = {
     "double": [(64, 64, 8), (32, 64, 4), (32, 32, 4), (16, 32, 4)],
 }
 RATE = {"half": 2048, "tf32": 1024, "float": 128, "double": 128}  # multiply-adds per clock and multiprocessor: NVIDIA's H100 datasheet
+L2 = 32  # bytes per clock and multiprocessor: the order of 5 TB/s shared by 132 of them
 BYTES = {"half": 2, "tf32": 4, "float": 4, "double": 8}
 SPLITS = (1, 2, 4, 8, 16, 32)
 STAGES = 4
@@ -80,16 +81,21 @@ def key(product: str, kind: str, rows: int, cols: int, depth: int) -> str:
     return f"{product} {kind} {bucket(rows)}x{bucket(cols)}x{bucket(depth)}"
 
 
-def shared_bytes(c: Config, kind: str, reads: int) -> int:
-    """Shared memory that the pipeline of ``c`` keeps its steps in; ``reads`` is 3 where a is formed from two tensors, else 2."""
-    return c.stages * ((reads - 1) * c.rows + c.cols) * c.depth * BYTES[kind]
+def reads(product: str) -> int:
+    """Tensors that ``product`` reads: a and b, and where a is formed also what it is formed from."""
+    return 3 if product.endswith(" formed") else 2
+
+
+def shared_bytes(c: Config, kind: str, tensors: int) -> int:
+    """Shared memory that the pipeline of ``c`` keeps its steps in; ``tensors`` as ``reads`` says."""
+    return c.stages * ((tensors - 1) * c.rows + c.cols) * c.depth * BYTES[kind]
 
 
 def estimate(c: Config, kind: str, rows: int, cols: int, depth: int, processors: int) -> float:
     """Clocks the model gives for the whole product."""
     per_element = max(
         c.rows * c.cols / RATE[kind],
-        (c.rows + c.cols) * BYTES[kind] / 64,
+        (c.rows + c.cols) * BYTES[kind] / L2,
         800 / ((c.stages - 1) * c.depth),
     )
     waves = ceil_div(ceil_div(rows, c.rows) * ceil_div(cols, c.cols) * c.split, processors)
@@ -99,28 +105,34 @@ def estimate(c: Config, kind: str, rows: int, cols: int, depth: int, processors:
     return clocks
 
 
-def candidates(kind: str, rows: int, cols: int, depth: int, device: Device, reads: int = 2) -> list[Config]:
+def candidates(kind: str, rows: int, cols: int, depth: int, device: Device, tensors: int = 2) -> list[Config]:
     """Every tile that fits the device, fastest by the model first."""
     found = []
+    smallest = min(32 if kind == "double" else 64, bucket(rows))  # fewer rows than that starve the arithmetic of reuse in registers
     for tile_rows, tile_cols, warps in TILES[kind]:
+        if tile_rows < smallest or (tensors == 3 and tile_rows * tile_cols > 128 * 128):
+            continue  # forming a takes the registers that the largest accumulators need: they would spill
+        if tensors == 3 and tile_rows * tile_cols >= 64 * 128:
+            warps = 8  # and more threads, so that each forms fewer elements
         step = 128 // BYTES[kind]  # a row of a step is 128 bytes: one cache line, and what tensor cores address as one block
         if tile_rows * tile_cols <= 2048:
             step *= 2
         step = min(step, max(16, bucket(depth)))
         one = Config(tile_rows, tile_cols, step, 8, warps, 1, 1)
-        stages = min(STAGES, (device.shared - 1024) // shared_bytes(one, kind, reads))
+        stages = min(STAGES, (device.shared - 1024) // shared_bytes(one, kind, tensors))
         if stages >= 2:
             found += [Config(tile_rows, tile_cols, step, 8, warps, stages, s) for s in SPLITS if s == 1 or depth >= s * 4 * step]
     return sorted(found, key=lambda c: estimate(c, kind, rows, cols, depth, device.processors))
 
 
 @lru_cache(maxsize=4096)
-def choose(product: str, kind: str, rows: int, cols: int, depth: int, device: Device, reads: int = 2) -> Config:
-    """The tile for a product: "forward" (rows M, cols N, depth K), "dx" (M, K, N) or "dweight" (N, K, M)."""
+def choose(product: str, kind: str, rows: int, cols: int, depth: int, device: Device) -> Config:
+    """The tile for a product: "forward" (rows M, cols N, depth K), "dx" (M, K, N) or "dweight" (N, K, M), the last two also as "dx formed"
+    and "dweight formed", where dz is formed inside."""
     measured = table(device.name).get(key(product, kind, rows, cols, depth))
-    if measured is not None and shared_bytes(measured, kind, reads) + 1024 <= device.shared:
+    if measured is not None and shared_bytes(measured, kind, reads(product)) + 1024 <= device.shared:
         return measured
-    return candidates(kind, rows, cols, depth, device, reads)[0]
+    return candidates(kind, rows, cols, depth, device, reads(product))[0]
 
 
 def table_path(gpu: str, folder: Path | None = None) -> Path:

@@ -8,7 +8,7 @@ Three products, one tile (matmul.py). Each is cut over its own result, and sums 
     linear_backward_dweight  dW [N, K]   dzᵀ [BN, BM]        x  [BM, BK]         cast; row sums of dzᵀ are db
 
 * **dz is formed from dy while a product reads it**: no kernel of its own, no pass over memory. Every column-tile forms it again, so for
-  wide results, or a costly act', one pass (`activation_backward`) that writes dz and adds up db is cheaper; `separate_pass` decides.
+  wide results, and for gelu and silu, one pass (`activation_backward`) that writes dz and adds up db is cheaper; `separate_pass` decides.
 * **Few tiles**: `split` shares of the summed dimension go to different programs, into a workspace that `combine` adds up in order.
 * Transposes are strides: Wᵀ and dzᵀ are read in place, and x and W may have any strides.
 """
@@ -123,13 +123,12 @@ def separate_pass(activation: int, M: int, N: int, K: int, need_dweight: bool, n
     """Whether dz and db get one pass over dy of their own, before the products, instead of being formed inside them.
 
     The pass moves 3MN elements once. Inside, each of the K / BK column-tiles forms dz anew, on units that must keep pace with the tensor
-    cores, so the wider the result and the costlier act', the sooner the pass pays. Small problems are bound by the number of launches.
+    cores: the wider the result, the sooner the pass pays; small problems are bound by the number of launches. A derivative with an
+    exponential always takes the pass: inside a product its temporaries do not fit beside the accumulator and spill.
     """
-    if need_dbias and (K == 0 or not need_dweight):
+    if activation in COSTLY or (need_dbias and (K == 0 or not need_dweight)):
         return True
-    if activation == 0 and not need_dbias:
-        return False
-    return M * N >= 1 << 18 and K > (256 if activation in COSTLY else 1024)
+    return bool(activation or need_dbias) and M * N >= 1 << 18 and K > 1024
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: int, slope: float, save: bool) -> tuple[Tensor, Tensor]:
@@ -181,11 +180,13 @@ def backward(
         dz = dy.new_empty(M, N) if products else None
         run_activation(dy, saved, dz, to_sum, activation, slope)
         dy, saved, activation, to_sum = (dy, saved, activation, None) if dz is None else (dz, dz, 0, None)
-    kind, device, reads = kind_of(x.dtype, precision(x.dtype)), device_of(x), 3 if activation else 2
+    kind, device = kind_of(x.dtype, precision(x.dtype)), device_of(x)
     if dx.numel():
-        run_dx(choose("dx", kind, M, K, N, device, reads), dy, saved, weight, dx, activation, slope)
+        name = "dx formed" if activation else "dx"
+        run_dx(choose(name, kind, M, K, N, device), dy, saved, weight, dx, activation, slope)
     if dweight.numel():
-        run_dweight(choose("dweight", kind, N, K, M, device, reads), dy, saved, x, dweight, to_sum, activation, slope)
+        name = "dweight" if activation == 0 and to_sum is None else "dweight formed"
+        run_dweight(choose(name, kind, N, K, M, device), dy, saved, x, dweight, to_sum, activation, slope)
     return dx, dweight, dbias
 
 
