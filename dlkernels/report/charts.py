@@ -36,15 +36,18 @@ def styles(providers: Iterable[str]) -> dict[str, Style]:
     return chosen
 
 
-def race_chart(panel: Panel, look: Mapping[str, Style]) -> Markup | None:
-    """Median time against work for each provider, with its p20 to p80 band and the time the measured limit allows."""
+def race_chart(panel: Panel, look: Mapping[str, Style], least: int = 2) -> Markup | None:
+    """Median time against work for each provider, with its p20 to p80 band and the time the measured limit allows.
+
+    None for fewer than `least` sizes of known work.
+    """
     by_flops = all(race.first.flops for race in panel.races)
     races = [race for race in panel.races if (race.first.flops if by_flops else race.first.bytes)]
 
     xs = [(race.first.flops if by_flops else race.first.bytes) or 1.0 for race in races]
-    times = [t for race in races for timing in race.timings.values() for t in (timing.p20, timing.p80)]
-    if not times:
+    if len(races) < least:
         return None
+    times = [t for race in races for timing in race.timings.values() for t in (timing.p20, timing.p80)]
     limits = [(x, race.limit) for x, race in zip(xs, races, strict=True) if race.limit]
     plot = Plot(
         Axis.over(xs, f"work, {'FLOP' if by_flops else 'bytes moved'} (log)", lambda v: units.tick(v, ""), log=True),
@@ -124,7 +127,7 @@ def draw_roofs(plot: Plot, peak: float, slopes: Sequence[tuple[float, str]]) -> 
         if start >= end:
             continue
         plot.line([(start, start * speed), (end, peak)], "roof")
-        plot.label_along((start, start * speed), (end, peak), f"{name} {units.si(speed, 'B/s')}")
+        plot.label_along((start, start * speed), (end, peak), f"{name}: {units.si(speed, 'B/s')}")
 
 
 def best_peak(data: Results, dtype: str, threads: int | None) -> float | None:
@@ -134,16 +137,15 @@ def best_peak(data: Results, dtype: str, threads: int | None) -> float | None:
 
 
 def bandwidth_roofs(data: Results, threads: int | None) -> list[tuple[float, str]]:
-    """(bytes/s, name) of the fastest level measured and of main memory (the largest working set), fastest first."""
+    """(bytes/s, working set) of the fastest level measured and of the largest working set, which is main memory."""
     counts = {count for _, count, _, _ in data.bandwidths}
     if not counts:
         return []
     count = threads if threads in counts else max(counts)
-    found = [(size, speed) for size, n, speed, _ in data.bandwidths if n == count]
-    largest = max(size for size, _ in found)
-    memory = max(speed for size, speed in found if size == largest)
-    cache, at = max((speed, size) for size, speed in found)
-    return [(memory, "memory")] if at == largest else [(cache, "cache"), (memory, "memory")]
+    found = [(speed, size) for size, n, speed, _ in data.bandwidths if n == count]
+    largest = max(size for _, size in found)
+    memory = max(pair for pair in found if pair[1] == largest)
+    return [(speed, units.binary(size)) for speed, size in dict.fromkeys([max(found), memory])]
 
 
 def curve(runs: Mapping[str, ModelRun], look: Mapping[str, Style], name: str, title: str, step: str) -> Markup | None:
@@ -166,7 +168,7 @@ def curve(runs: Mapping[str, ModelRun], look: Mapping[str, Style], name: str, ti
     for provider in [name for name in reversed([*look]) if lines.get(name)]:
         line, style = lines[provider], look[provider]
         plot.line(line, style.css + ("" if provider == OURS else " under"))
-        stride = max(1, len(line) // 12)
+        stride = max(1, len(line) // 8)
         for x, y in line[::stride]:
             shown = units.percent(y, 2) if as_percent else f"{y:.5g}"
             plot.mark((x, y), style.css, style.mark, f"{style.name}, {step} {x:g}: {shown}")

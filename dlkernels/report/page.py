@@ -17,6 +17,8 @@ from dlkernels.report.data import DTYPES, EAGER, OURS, SCHEMA, Panel, Results, g
 from dlkernels.report.records import Check, ModelRun
 from dlkernels.report.svg import MARKS
 
+MANY_PANELS = 32  # with more, a plot needs four sizes, so that a file of all ops stays a page a phone opens gladly
+
 
 def build(results: Mapping[str, Any], path: str | Path) -> Path:
     """Write the report of a results object to `path`, creating its folder, and return the path.
@@ -56,10 +58,10 @@ class Bar:
 
 @dataclass(frozen=True)
 class CheckGroup:
-    """The checks of one op, dtype and quantity, by the one that uses most of what is allowed."""
+    """Checks that share a line of the table, by the one that uses most of what is allowed."""
 
     worst: Check
-    sizes: int
+    total: int
     failed: int
 
 
@@ -92,9 +94,10 @@ def content(data: Results) -> dict[str, Any]:
         "eager": EAGER,
         "ours": OURS,
         "geomean": geomean,
-        "chart": lambda panel: charts.race_chart(panel, look),
+        "chart": lambda panel: charts.race_chart(panel, look, 2 if len(data.panels) <= MANY_PANELS else 4),
         "rooflines": rooflines(data, look),
-        "checks": check_groups(data),
+        "checks": check_groups(data, by_quantity=False),
+        "all_checks": check_groups(data, by_quantity=True),
         "models": {model: model_view(runs, look) for model, runs in data.models.items()},
         "slowest_call": max((us for *_, us in data.overhead), default=0.0),
     }
@@ -141,11 +144,11 @@ def rooflines(data: Results, look: Mapping[str, charts.Style]) -> list[Drawing]:
     return [Drawing(dtype, svg) for dtype, svg in drawn if svg is not None]
 
 
-def check_groups(data: Results) -> list[CheckGroup]:
-    """One line per op, dtype and quantity; groups with failures first."""
-    groups: dict[tuple[str, str, str], list[Check]] = {}
+def check_groups(data: Results, by_quantity: bool) -> list[CheckGroup]:
+    """One line per op and dtype, and per quantity where asked; those with failures first."""
+    groups: dict[tuple[str, ...], list[Check]] = {}
     for check in data.checks:
-        groups.setdefault((check.op, check.dtype, check.quantity), []).append(check)
+        groups.setdefault((check.op, check.dtype, check.quantity if by_quantity else ""), []).append(check)
     found = [
         CheckGroup(max(group, key=lambda check: (not check.ok, check.used)), len(group), sum(not check.ok for check in group))
         for group in groups.values()

@@ -15,14 +15,14 @@ from markupsafe import Markup
 
 Point = tuple[float, float]
 
-# A mark's outline, relative to its centre: the shape tells lines apart without colour.
+# A mark's outline around (0, 0): the shape tells lines apart without colour.
 MARKS = {
-    "circle": "m-3.4,0a3.4,3.4 0 1 0 6.8,0a3.4,3.4 0 1 0 -6.8,0z",
-    "square": "m-3,-3h6v6h-6z",
-    "triangle": "m0,-3.8l3.8,6.6h-7.6z",
-    "diamond": "m0,-4.2l4.2,4.2l-4.2,4.2l-4.2,-4.2z",
-    "wedge": "m0,3.8l3.8,-6.6h-7.6z",
-    "bar": "m-1.6,-4h3.2v8h-3.2z",
+    "circle": "M-3.4,0a3.4,3.4 0 1 0 6.8,0a3.4,3.4 0 1 0 -6.8,0z",
+    "square": "M-3,-3h6v6h-6z",
+    "triangle": "M0,-3.8l3.8,6.6h-7.6z",
+    "diamond": "M0,-4.2l4.2,4.2l-4.2,4.2l-4.2,-4.2z",
+    "wedge": "M0,3.8l3.8,-6.6h-7.6z",
+    "bar": "M-1.6,-4h3.2v8h-3.2z",
 }
 LEFT, RIGHT, TOP, BOTTOM = 52.0, 12.0, 12.0, 40.0  # margins around the plotting area, user units
 
@@ -126,8 +126,9 @@ class Plot:
         self.add("path", f"band {css}", d=outline([self.at(*p) for p in [*low, *reversed(high)]]) + "z")
 
     def mark(self, point: Point, css: str, shape: str, tip: str) -> None:
+        """One point; the page defines the outline of each of MARKS once, under the shape's name."""
         px, py = self.at(*point)
-        mark = self.add("path", f"mark {css}", d=f"M{px:.1f},{py:.1f}{MARKS[shape]}")
+        mark = self.add("use", f"mark {css}", href=f"#{shape}", x=px, y=py)
         ElementTree.SubElement(mark, "title").text = tip
 
     def label(self, point: Point, text: str) -> None:

@@ -83,7 +83,8 @@ def losses(data: Results) -> Sentence | None:
     panel = worst.panel
     return Sentence(
         "bad",
-        f"Native wins {len(data.losses)} of {count(raced, 'timed case')}; the widest is {panel.op} {panel.direction}, {panel.dtype}, "
+        f"Native wins {len(data.losses)} of {count(raced, 'timed case')}, {sum(loss.clear for loss in data.losses)} of them by more than "
+        f"the spread of the samples; the widest is {panel.op} {panel.direction}, {panel.dtype}, "
         f"{worst.label}: ours runs at {units.times(worst.ratio)} the speed of {provider(worst.winner)}.",
     )
 

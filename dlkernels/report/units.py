@@ -58,8 +58,12 @@ def times(value: float | None) -> str:
     return f"{shown}×"
 
 
-def percent(value: float | None, places: int = 0) -> str:
-    return NONE if value is None else f"{100 * value:.{places}f} %"
+def percent(value: float | None, places: int | None = None) -> str:
+    """`83 %`; below ten percent with one place after the point, unless `places` says how many."""
+    if value is None:
+        return NONE
+    shown = places if places is not None else 1 if 100 * value < 9.95 else 0
+    return f"{100 * value:.{shown}f} %"
 
 
 def error(value: float | None) -> str:
