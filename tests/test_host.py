@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -162,20 +163,28 @@ def test_wrong_types_raise_type_error() -> None:
 
 
 def test_other_python_threads_run_during_a_measurement() -> None:
-    started = threading.Event()
-    finished: list[bool] = []
+    ticks, stop = [0], threading.Event()
 
-    def measure() -> None:
-        started.set()
-        _host.peak_flops("float32", 1, 0.5)
-        finished.append(True)
+    def tick() -> None:
+        while not stop.is_set():
+            ticks[0] += 1
+            time.sleep(0)
 
-    thread = threading.Thread(target=measure)
-    thread.start()
-    started.wait()
-    sum(range(1000))
-    assert not finished  # this line is reached only after the half second if the interpreter was locked
-    thread.join()
+    def ticked_meanwhile() -> bool:
+        before = ticks[0]
+        _host.peak_flops("float32", 1, 0.02)
+        return ticks[0] > before
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(60)  # so that this thread gives way only where a call releases the interpreter
+    ticker = threading.Thread(target=tick)
+    ticker.start()
+    try:
+        assert any(ticked_meanwhile() for _ in range(20))
+    finally:
+        stop.set()
+        sys.setswitchinterval(interval)
+        ticker.join()
 
 
 def test_measure_returns_what_the_results_file_holds() -> None:

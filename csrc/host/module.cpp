@@ -3,7 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu.h"
-#include "limits.h"
+#include "roofline.h"
 
 namespace py = pybind11;
 namespace host = dlkernels::host;

@@ -1,7 +1,7 @@
 // Probe loops for each instruction set and the choice among them at run time. The file is compiled for the plainest CPU of its
 // architecture; only the functions marked PROBE_TARGET use more, and only a CPU that has the features gets to call them.
 #include "cpu.h"
-#include "limits.h"
+#include "roofline.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>

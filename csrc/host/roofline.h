@@ -21,7 +21,7 @@ struct MemoryProbes {
 };
 const MemoryProbes& memory_probes();
 
-// limits.cpp
+// roofline.cpp
 double peak_flops(const std::string& dtype, int threads, double seconds);                       // flop/s
 double bandwidth(std::int64_t bytes, int threads, double seconds, const std::string& kind);  // byte/s, read + written
 
