@@ -126,7 +126,7 @@ std::tuple<Tensor, Tensor> linear_forward(Tensor x, Tensor weight, std::optional
     checked(FORWARD, "weight", weight, dtype, {N, K});
     if (bias) checked(FORWARD, "bias", *bias, dtype, {N});
     Activation act = checked_activation(FORWARD, activation, slope);
-    Tensor xs = row_or_column_major(x), ws = row_or_column_major(weight), bs = bias ? torch::stable::contiguous(*bias) : weight;
+    Tensor xs = row_or_column_major(x), ws = row_or_column_major(weight), bs = bias ? dense(*bias) : weight;
     Tensor y = empty(x, {M, N}), z = save ? empty(x, {M, N}) : empty(x, {0});
     with_type(FORWARD, dtype, [&](auto type) {
         using T = decltype(type);
@@ -147,7 +147,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor dy, Tensor x, Tensor w
     Activation act = checked_activation(BACKWARD, activation, slope);
     if (act.code != NONE) checked(BACKWARD, "saved", saved, dtype, {M, N});
     // dz is read along rows of dy and saved together, so both are row-major.
-    Tensor d = torch::stable::contiguous(dy), s = torch::stable::contiguous(saved);
+    Tensor d = dense(dy), s = dense(saved);
     Tensor xs = row_or_column_major(x), ws = row_or_column_major(weight);
     Tensor dx = need_dx ? empty(x, {M, K}) : empty(x, {0});
     Tensor dweight = need_dweight ? empty(x, {N, K}) : empty(x, {0});

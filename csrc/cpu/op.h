@@ -59,6 +59,8 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape) {
     return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), like.scalar_type());
 }
 
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
 // The tensor itself where one of its two dimensions is contiguous, else a contiguous copy.
 inline Tensor row_or_column_major(const Tensor& t) {
     int64_t rows = t.size(0), columns = t.size(1), rs = t.stride(0), cs = t.stride(1);

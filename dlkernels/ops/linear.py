@@ -15,14 +15,14 @@ Work        2MNK flops forward, 4MNK backward; MK + NK + N + MN elements moved f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backend import define
+from ..backend import PLAIN_TENSORS, apply_function, define, is_tracing
 from ..registry import FLOATS, Cost, Op, register
 
 
@@ -75,63 +75,69 @@ class _Linear(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation, slope: float) -> tuple[Tensor, Tensor]:
-        return _forward(x, weight, bias, act.code, slope, act.keeps == "z")
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation, slope: float) -> Tensor | tuple[Tensor, Tensor]:
+        save = act.keeps == "z"
+        y, z = _forward(x, weight, bias, act.code, slope, save)
+        return (y, z) if save else y
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         x, weight, bias, ctx.act, ctx.slope = inputs
-        y, z = output
-        ctx.mark_non_differentiable(z)
+        saved = output
+        if ctx.act.keeps == "z":
+            saved = output[1]
+            ctx.mark_non_differentiable(saved)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, bias, y if ctx.act.keeps == "y" else z)
+        ctx.save_for_backward(x, weight, bias, saved)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, _dz: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, _dz: None = None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return None, None, None, None, None
         x, weight, bias, saved = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
+        need_dx, need_dweight, need_dbias = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():  # create_graph=True: differentiate the definition, so that second derivatives exist
-            wanted = [t for t, need in zip((x, weight, bias), needs, strict=True) if need]
-            found = iter(torch.autograd.grad(_reference(x, weight, bias, ctx.act, ctx.slope), wanted, dy, create_graph=True))
-            return *(next(found) if need else None for need in needs), None, None
-        grads = _backward(dy, x, weight, saved, ctx.act.code, ctx.slope, *needs)
-        return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None
+            return *_reference_gradients(dy, x, weight, bias, ctx.act, ctx.slope, ctx.needs_input_grad[:3]), None, None
+        dx, dweight, dbias = _backward(dy, x, weight, saved, ctx.act.code, ctx.slope, need_dx, need_dweight, need_dbias)
+        return dx if need_dx else None, dweight if need_dweight else None, dbias if need_dbias else None, None, None
 
 
 def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation, slope: float) -> Tensor:
     return act.reference(F.linear(x, weight, bias), slope)
 
 
+def _reference_gradients(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation, slope: float, needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """The gradients that are needed, as differentiable functions of every argument."""
+    tensors = (x, weight, bias)
+
+    def definition(*wanted: Tensor) -> Tensor:
+        given = iter(wanted)
+        return _reference(*(next(given) if need else t for t, need in zip(tensors, needs, strict=True)), act, slope)  # type: ignore[arg-type]
+
+    _, vjp = torch.func.vjp(definition, *(t for t, need in zip(tensors, needs, strict=True) if need))
+    found = iter(vjp(dy))
+    return tuple(next(found) if need else None for need in needs)
+
+
 def _unsupported(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
-    """Why the definition in PyTorch's own operations runs for these arguments, or None where a kernel does."""
-    tensors = (x, weight) if bias is None else (x, weight, bias)
-    for name, t in zip(("input", "weight", "bias"), tensors, strict=False):
-        if type(t) not in _KERNEL_TYPES and not _is_tracing(t):
+    """Why the definition in PyTorch's own operations runs for these arguments, or None where a kernel does. On the path of every call."""
+    on_cpu = getattr(x, "is_cpu", False)
+    for name, t in (("input", x), ("weight", weight)) if bias is None else (("input", x), ("weight", weight), ("bias", bias)):
+        if type(t) not in PLAIN_TENSORS and not is_tracing(t):
             return f"{name} is a {type(t).__name__}; kernels take plain tensors"
         if t.dtype not in FLOATS:
             return f"{name} has dtype {t.dtype}; kernels take float32, float64, bfloat16 and float16"
         if t.layout is not torch.strided:
             return f"{name} has layout {t.layout}; kernels take strided tensors"
-        if t.device.type not in ("cpu", "cuda", "meta"):
-            return f"{name} is on {t.device.type}; kernels run on cpu and cuda"
-        if t.device != x.device:
+        if t.is_cpu != on_cpu or not (on_cpu or t.device == x.device):
             return f"{name} is on {t.device} and input on {x.device}"
+    if not on_cpu and x.device.type not in ("cuda", "meta"):
+        return f"input is on {x.device.type}; kernels run on cpu and cuda"
     if x.dim() == 0 or weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
-        return f"shapes {', '.join(str(tuple(t.shape)) for t in tensors)} are not (*, K), (N, K) and (N,)"
+        return f"shapes {', '.join(str(tuple(t.shape)) for t in (x, weight, bias) if t is not None)} are not (*, K), (N, K) and (N,)"
     return None
-
-
-_KERNEL_TYPES = (Tensor, torch.nn.Parameter)
-
-
-def _is_tracing(t: Tensor) -> bool:
-    """FakeTensor and FunctionalTensor stand for a plain tensor while a graph is traced."""
-    from torch._subclasses import FakeTensor
-    from torch._subclasses.functional_tensor import FunctionalTensor
-
-    return isinstance(t, (FakeTensor, FunctionalTensor))
 
 
 def linear_act(
@@ -155,18 +161,19 @@ def linear_act(
     act = ACTIVATIONS.get(activation)
     if act is None:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
-    for name, t in (("input", input), ("weight", weight), ("bias", bias)):
-        if not isinstance(t, Tensor) and not (name == "bias" and t is None):
-            raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
     if _unsupported(input, weight, bias) is not None:
+        for name, t in (("input", input), ("weight", weight), ("bias", bias)):
+            if not isinstance(t, Tensor) and not (name == "bias" and t is None):
+                raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
         return _reference(input, weight, bias, act, negative_slope)
-    kind = input.device.type
-    if torch.is_autocast_enabled(kind):
+    kind = "cpu" if input.is_cpu else input.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         input, weight, bias = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (input, weight, bias))
-    x = input if input.dim() == 2 else input.reshape(-1, input.shape[-1]) if input.shape[-1] else input.new_zeros(input.shape[:-1].numel(), 0)
+    x = input if input.dim() == 2 else input.reshape(input.shape[:-1].numel(), input.shape[-1])
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
-        y = _Linear.apply(x, weight, bias, act, negative_slope)[0]
+        y = apply_function(_Linear, x, weight, bias, act, negative_slope)
+        y = y[0] if act.keeps == "z" else y
     else:
         y = _forward(x, weight, bias, act.code, negative_slope, False)[0]
     return y if input.dim() == 2 else y.view(*input.shape[:-1], weight.shape[0])
