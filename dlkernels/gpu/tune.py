@@ -7,6 +7,7 @@ Ctrl-C keeps what is finished.
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -58,12 +59,12 @@ def fastest(configs: Iterable[Config], seconds: Callable[[Config], float]) -> tu
     best: tuple[Config, float] | None = None
     for c in configs:
         try:
-            time = seconds(c)
+            taken = seconds(c)
         except (RuntimeError, ValueError, triton.TritonError) as error:
             warnings.warn(f"{c} does not run here: {error}", stacklevel=2)
             continue
-        if best is None or time < best[1]:
-            best = c, time
+        if best is None or taken < best[1]:
+            best = c, taken
     return best
 
 
@@ -73,8 +74,12 @@ def measure(run: Callable[[Config], None], c: Config) -> float:
     return float(triton.testing.do_bench(lambda: run(c), warmup=10, rep=40, return_mode="median"))
 
 
-def main(path: str | Path | None = None, shapes: Iterable[tuple[int, int, int]] | None = None) -> Path:
+def main(
+    path: str | Path | None = None, shapes: Iterable[tuple[int, int, int]] | None = None, seconds: float = float("inf")
+) -> Path:
     """Measure ``shapes``, a sequence of (M, K, N), and write the table to the folder ``path`` (default: this package's).
+
+    After ``seconds`` no further product is begun.
 
     Entries of an existing table that these shapes do not touch are kept. Returns the file written.
 
@@ -90,10 +95,13 @@ def main(path: str | Path | None = None, shapes: Iterable[tuple[int, int, int]] 
     file = config.table_path(device.name, Path(path) if path is not None else None)
     found = config.read_table(file) if file.is_file() else {}
     jobs = [(shape, dtype) for dtype in DTYPES for shape in (SHAPES if shapes is None else shapes)]
+    stop = time.monotonic() + seconds
     try:
         for (M, K, N), dtype in track(jobs, description="tuning"):
             kind = kind_of(dtype, precision(dtype))
             for name, rows, cols, depth, run in products(M, K, N, dtype, probe.device):
+                if time.monotonic() > stop:
+                    break
                 best = fastest(trials(name, kind, rows, cols, depth, device), lambda c, run=run: measure(run, c))  # type: ignore[misc]
                 if best is not None:
                     found[config.key(name, kind, rows, cols, depth)] = best[0]
