@@ -64,7 +64,7 @@ def mills(v: mp.mpf, c: int) -> mp.mpf:
 
 def tables(ctype: str) -> dict[str, tuple[list[mp.mpf], mp.mpf]]:
     """The coefficients and the worst error of every polynomial for ctype "float" or "double", by its name in math.h."""
-    degree = {"float": (5, 3, 6, 9), "double": (11, 6, 11, 21)}[ctype]
+    degree = {"float": (6, 3, 6, 9), "double": (11, 6, 11, 21)}[ctype]
     c, limit = {"float": (2, mp.mpf(14.5)), "double": (3, mp.mpf(39))}[ctype]
     ln2, s2 = mp.log(2), (3 - 2 * mp.sqrt(2)) ** 2
     # A weight turns the error of the polynomial into that of the function; 0.01 and 0.001 keep the equations regular where it would be 0.
