@@ -4,12 +4,12 @@
 #
 #   OUT=folder     where the results go (default benchmarks/results)
 #   PYTHON=python  the interpreter that has torch and triton (default python3)
-#   LIMIT=seconds  for everything together (default 530)
+#   LIMIT=seconds  for everything together (default 510)
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
 PYTHON=${PYTHON:-python3}
-LIMIT=${LIMIT:-530}
+LIMIT=${LIMIT:-510}
 OUT=${OUT:-benchmarks/results}
 mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || exit 2
 export PIP_NO_INDEX=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_BREAK_SYSTEM_PACKAGES=1 PIP_ROOT_USER_ACTION=ignore
@@ -20,6 +20,15 @@ import re, sys, torch
 if not torch.cuda.is_available():
     sys.exit("no CUDA device: torch.cuda.is_available() is False")
 print(re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-"))') || exit 2
+
+MEANS='
+import json, sys
+from dlkernels.bench.suite import geometric_means
+
+print("\nspeed over eager, geometric mean over the sizes")
+for row in geometric_means(json.load(open(sys.argv[1]))["bench"]):
+    print("{op:18} {dtype:9} {direction:17} {sizes:2} sizes   lowest {slowest:5.2f}x   mean {vs_eager:5.2f}x".format(**row))
+'
 
 rows=()
 failures=0
@@ -50,14 +59,16 @@ run() {
     nvidia-smi --query-gpu=name,driver_version,memory.used,utilization.gpu,clocks.sm --format=csv 2>/dev/null
 
     phase build 120 "$PYTHON" -m pip install --quiet --no-build-isolation --no-deps --editable .
-    phase tests 150 "$PYTHON" -m pytest tests -m gpu -q --maxfail=20 -p no:cacheprovider --junit-xml="$OUT/$machine-tests.xml"
-    phase tune 90 "$PYTHON" -m dlkernels.cli tune --seconds 75 --json "$OUT/$machine-tuned.json"
-    phase bench 130 "$PYTHON" -m dlkernels.cli bench --device cuda --json "$OUT/$machine.json"
-    phase models 60 "$PYTHON" -m dlkernels.cli train mlp --device cuda --nn both --json "$OUT/$machine-models.json"
+    phase tests 140 "$PYTHON" -m pytest tests/test_cuda.py tests/test_gpu_linear.py -q --maxfail=20 -p no:cacheprovider \
+        --junit-xml="$OUT/$machine-tests.xml"
+    phase tune 80 "$PYTHON" -m dlkernels tune --seconds 60
+    cp "dlkernels/gpu/tables/$machine.json" "$OUT/$machine-tiles.json"
+    phase bench 190 "$PYTHON" -m dlkernels bench --device cuda --json "$OUT/$machine.json"
+    phase models 60 "$PYTHON" -m dlkernels train mlp --device cuda --json "$OUT/$machine-models.json"
 
     printf '\n== %s, %s s\n' "$machine" "$SECONDS"
     printf '%s\n' "${rows[@]}"
-    if [ -s "$OUT/$machine.json" ]; then "$PYTHON" benchmarks/summary.py "$OUT/$machine.json"; fi
+    "$PYTHON" -c "$MEANS" "$OUT/$machine.json"
     ((failures == 0))
 }
 
