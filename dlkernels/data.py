@@ -1,7 +1,7 @@
-"""Real data for the teaching models: 1797 handwritten digits, 8 x 8 pixels, written by 43 people.
+"""Real data for the teaching models: 1797 handwritten digits, 8 x 8 pixels, written by 13 people.
 
-The digits come with scikit-learn, so nothing is downloaded. Source: E. Alpaydin and C. Kaynak, "Optical Recognition of
-Handwritten Digits", UCI Machine Learning Repository, 1998.
+The digits come with scikit-learn, so nothing is downloaded. Source: the test part of E. Alpaydin and C. Kaynak, "Optical
+Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998.
 """
 
 from __future__ import annotations

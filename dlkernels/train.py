@@ -63,7 +63,7 @@ def evaluate(model: torch.nn.Module, loss_fn: Callable[[Tensor, Tensor], Tensor]
     """Loss and accuracy of ``model`` as it is used: no dropout, BatchNorm with its running statistics."""
     model.eval()
     logits = model(x)
-    return loss_fn(logits, y).item(), (logits.argmax(1) == y).float().mean().item()
+    return loss_fn(logits, y).item(), (logits.argmax(1) == y).double().mean().item()
 
 
 class Run:
