@@ -19,7 +19,7 @@ using Clock = std::chrono::steady_clock;
 constexpr double kWindow = 250e-6;  // seconds: long against a barrier, short against the turns that other programs take
 constexpr int kLeastWindows = 10;   // where the time brings fewer, because other programs took it,
 constexpr double kGrace = 0.03;     // it is extended by up to so many seconds
-constexpr int kMaxThreads = 4096;
+constexpr int kMaxThreads = 1024;
 constexpr double kMaxSeconds = 60;
 
 double seconds_between(Clock::time_point start, Clock::time_point end) { return std::chrono::duration<double>(end - start).count(); }

@@ -20,7 +20,7 @@ Progress = Callable[[int, int, str], None]  # (measurements done, measurements i
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 FULL_SIZES = tuple(1 << power for power in range(14, 29, 2))  # 16 KiB, 64 KiB, ... 256 MiB
 QUICK_SIZES = tuple(1 << power for power in (14, 18, 22, 25, 27))
-FULL_SECONDS, QUICK_SECONDS = 9.0, 1.8
+FULL_SECONDS, QUICK_SECONDS = 9.0, 1.5
 FLOPS_WEIGHT = 3  # a peak gets as much time as this many bandwidths: three numbers that every other one is held against
 SHORTEST = 0.01  # seconds for one measurement, however little of the time is left
 
