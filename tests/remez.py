@@ -64,12 +64,12 @@ def mills(v: mp.mpf, c: int) -> mp.mpf:
 
 def tables(ctype: str) -> dict[str, tuple[list[mp.mpf], mp.mpf]]:
     """The coefficients and the worst error of every polynomial for ctype "float" or "double", by its name in math.h."""
-    degree = {"float": (6, 3, 6, 9), "double": (11, 6, 11, 21)}[ctype]
+    degree = {"float": (4, 3, 6, 9), "double": (9, 6, 11, 21)}[ctype]
     c, limit = {"float": (2, mp.mpf(14.5)), "double": (3, mp.mpf(39))}[ctype]
     ln2, s2 = mp.log(2), (3 - 2 * mp.sqrt(2)) ** 2
     # A weight turns the error of the polynomial into that of the function; 0.01 and 0.001 keep the equations regular where it would be 0.
     return {
-        "exp": remez(exp_tail, lambda r: (r * r + 0.01) * mp.exp(-r), -1.001 * ln2, 1.001 * ln2, degree[0]),
+        "exp": remez(exp_tail, lambda r: (r * r + 0.01) * mp.exp(-r), -0.501 * ln2, 0.501 * ln2, degree[0]),
         "log": remez(log_tail, lambda z: (z + 0.001) / 2, mp.mpf(0), s2, degree[1]),
         "erf": remez(erf_tail, lambda z: mp.mpf(1), mp.mpf(0), mp.mpf(1), degree[2]),
         "mills": remez(lambda v: mills(v, c), lambda v: 1 / mills(v, c), mp.mpf(-0.5), (limit - c) / (limit + 2 * c), degree[3]),

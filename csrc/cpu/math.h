@@ -9,7 +9,7 @@
 //
 // Largest error over the whole range, in ulp (the spacing of the numbers around the exact result), on every instruction set:
 //                float  double
-//     exp           1.5     1.5
+//     exp           1.2     1.2
 //     log           1.0     1.0
 //     tanh          3.0     3.0
 //     sigmoid       3.0     3.0
@@ -26,10 +26,9 @@ template <> struct coefficients<float> {
     static constexpr int mantissa = 23, bias = 127;
     static constexpr float smallest_normal = 0x1p-126f;
     static constexpr float exp_low = -104, exp_high = 89, tanh_high = 10, gauss_high = 14.5;  // beyond these the result is its limit
-    static constexpr float two_ln2_high = 0x1.62e4p+0, two_ln2_low = 0x1.7f7d1cp-19;          // 2 ln 2 as a sum; high has 15 bits
-    // (e^r - 1 - r) / r^2 on |r| <= ln 2: relative error of e^r 2^-30.6
-    static constexpr float exp[] = {0.500000010f, 0.166666736f, 0.0416665304f, 0.00833253941f, 0.00138936183f, 0.000201083504f,
-                                    2.44434681e-5f};
+    static constexpr float ln2_high = 0x1.62e4p-1, ln2_low = 0x1.7f7d1cp-20;  // ln 2 as a sum; high has 15 bits, so its multiples are exact
+    // (e^r - 1 - r) / r^2 on |r| <= ln(2) / 2: relative error of e^r 2^-28.0
+    static constexpr float exp[] = {0.499999943f, 0.166665267f, 0.0416682811f, 0.00836818406f, 0.00138174070f};
     // (log((1 + s) / (1 - s)) - 2s) / s^3 in s^2 on |s| <= 3 - 2 sqrt 2: relative error of the logarithm 2^-37
     static constexpr float log[] = {0.666666658f, 0.400003011f, 0.285391349f, 0.235517916f};
     // erf(x) / x - 1 in x^2 on |x| <= 1: relative error 2^-29.7
@@ -45,11 +44,11 @@ template <> struct coefficients<double> {
     static constexpr int mantissa = 52, bias = 1023;
     static constexpr double smallest_normal = 0x1p-1022;
     static constexpr double exp_low = -746, exp_high = 710, tanh_high = 20, gauss_high = 39;
-    static constexpr double two_ln2_high = 0x1.62e42fefa2p+0, two_ln2_low = 0x1.9ef35793c7673p-40;  // high has 40 bits
-    // as above; relative error 2^-56.3
-    static constexpr double exp[] = {0.49999999999999944, 0.16666666666666915, 0.041666666666697778, 0.0083333333332728014,
-                                     0.0013888888883961250, 0.00019841269891649594, 2.4801590678475785e-5, 2.7557300747498207e-6,
-                                     2.7556185368082605e-7, 2.5055058224759418e-8, 2.1060487979406361e-9, 1.5931873751546909e-10};
+    static constexpr double ln2_high = 0x1.62e42fefa2p-1, ln2_low = 0x1.9ef35793c7673p-41;  // high has 40 bits
+    // as above; relative error 2^-57.4
+    static constexpr double exp[] = {0.50000000000000051, 0.16666666666666456, 0.041666666666571109, 0.0083333333334828105,
+                                     0.0013888888934007066, 0.00019841269507449936, 2.4801502133491999e-5, 2.7557601159171721e-6,
+                                     2.7627299131080591e-7, 2.4991747234780273e-8};
     // as above; relative error 2^-59
     static constexpr double log[] = {0.66666666666666987, 0.39999999999614494, 0.28571428703138927, 0.22222202227015985,
                                      0.18183389022327908, 0.15318242129550255, 0.14756396981560486};
@@ -82,36 +81,37 @@ template <class T, int n> inline vec<T> polynomial(const T (&c)[n], vec<T> x) {
 
 // ---- the exponential family ------------------------------------------------------------------------------------------------------
 
-// x - y = 2 n ln 2 + r with n an integer and |r| <= ln 2, so that e^(x - y) = s e^r s with s = 2^n. y is a small correction to x.
-// An even power of two splits into two equal factors that are always normal numbers: s s overflows, underflows and rounds to subnormals
-// by itself where e^x does. n appears by adding a number so large that the spacing of its neighbours is 1; the exponent bias is in it
-// too, so a shift of the same bits makes s. r = high - low, where high is exact, with or without fused multiply-add.
-template <class T> struct reduced { vec<T> high, low, s; };
+// x - y = n ln 2 + r with n an integer and |r| <= ln(2) / 2, so that e^(x - y) = 2^n e^r. y is a small correction to x.
+// n appears by adding a number so large that the spacing of its neighbours is 1: the low bits of the sum are n, here with twice the
+// exponent bias added, which both uses below want. n * ln2_high and the first difference are exact, with or without fused multiply-add.
+template <class T> struct reduced { vec<T> r; bits<T> n; };
 template <class T> inline reduced<T> reduce(vec<T> x, vec<T> y = vec<T>{}) {
     using C = coefficients<T>;
-    constexpr T half_log2e = T(0.72134752044448170368), round = T(3LL << (C::mantissa - 1)) + C::bias;
-    vec<T> shifted = (x - y) * half_log2e + round, n = shifted - round;
-    return {x - n * C::two_ln2_high, y + n * C::two_ln2_low, bits_as<vec<T>>(bits_as<bits<T>>(shifted) << C::mantissa)};
+    constexpr T log2e = T(1.44269504088896340736), round = T(3LL << (C::mantissa - 1)) + 2 * C::bias;
+    vec<T> shifted = (x - y) * log2e + round, n = shifted - round;
+    return {x - n * C::ln2_high - n * C::ln2_low - y, bits_as<bits<T>>(shifted)};
 }
 
-// e^r - 1 = r + r^2 Q(r), nowhere cancelling; what r lost to rounding is put back: high + (r^2 Q(r) - low).
-template <class T> inline vec<T> expm1(reduced<T> x) {
-    vec<T> r = x.high - x.low;
-    return x.high + (r * r * polynomial(coefficients<T>::exp, r) - x.low);
-}
+// 2^(e - bias) from the low bits of e, which become the exponent field.
+template <class T> inline vec<T> exponent(bits<T> e) { return bits_as<vec<T>>(e << coefficients<T>::mantissa); }
 
-// e^(x - y) for |y| much smaller than |x|. The clamps keep n in the exponent's range; min and max return their second argument for NaN.
+// e^r - 1 = r + r^2 Q(r), nowhere cancelling.
+template <class T> inline vec<T> expm1_reduced(vec<T> r) { return r + r * r * polynomial(coefficients<T>::exp, r); }
+
+// e^(x - y) for |y| much smaller than |x|. 2^n is multiplied in as two halves, each a normal number, so the product overflows, underflows
+// and rounds to subnormals by itself where e^x does. The clamps keep n in range; min and max return their second argument for NaN.
 template <class T> inline vec<T> exp(vec<T> x, vec<T> y = vec<T>{}) {
     using C = coefficients<T>;
     x = min(set<T>(C::exp_high), max(set<T>(C::exp_low), x));
-    reduced<T> parts = reduce<T>(x, y);
-    return (1 + expm1<T>(parts)) * parts.s * parts.s;
+    auto [r, n] = reduce<T>(x, y);
+    bits<T> half = n >> 1;
+    return (1 + expm1_reduced<T>(r)) * exponent<T>(half) * exponent<T>(n - half);
 }
 
-// tanh |x| = -m / (m + 2) with m = e^(-2|x|) - 1 = s^2 (e^r - 1) + (s^2 - 1): near 0 nothing cancels, far out m = -1.
+// tanh |x| = -m / (m + 2) with m = e^(-2|x|) - 1 = 2^n (e^r - 1) + (2^n - 1): near 0 nothing cancels, far out m = -1.
 template <class T> inline vec<T> tanh(vec<T> x) {
-    reduced<T> parts = reduce<T>(-2 * min(set<T>(coefficients<T>::tanh_high), magnitude<T>(x)));
-    vec<T> s2 = parts.s * parts.s, m = s2 * expm1<T>(parts) + (s2 - 1);
+    auto [r, n] = reduce<T>(-2 * min(set<T>(coefficients<T>::tanh_high), magnitude<T>(x)));
+    vec<T> s = exponent<T>(n - coefficients<T>::bias), m = s * expm1_reduced<T>(r) + (s - 1);
     return with_sign_of<T>(x, magnitude<T>(m) / (m + 2));
 }
 
@@ -138,8 +138,8 @@ template <class T> inline vec<T> log(vec<T> x) {
     e = x < C::smallest_normal ? e - C::mantissa : e;
 
     vec<T> s = f / (2 + f), z = s * s, half_square = f * f * T(0.5);
-    vec<T> tail = s * (half_square + z * polynomial(C::log, z)) + e * (C::two_ln2_low / 2);
-    vec<T> y = e * (C::two_ln2_high / 2) + (f - (half_square - tail));
+    vec<T> tail = s * (half_square + z * polynomial(C::log, z)) + e * C::ln2_low;
+    vec<T> y = e * C::ln2_high + (f - (half_square - tail));
 
     y = x < infinity ? y : x;  // infinity and NaN
     return x > 0 ? y : x == 0 ? set<T>(-infinity) : set<T>(T(__builtin_nan("")));
