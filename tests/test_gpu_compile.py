@@ -21,7 +21,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from dlkernels.gpu import aot, config, tune
 from dlkernels.gpu import linear as kernels
 from dlkernels.gpu.config import Config
-from dlkernels.gpu.launch import Device, Launch
+from dlkernels.gpu.launch import Device, Launch, recording
 
 SIZE = 1024
 H100 = aot.TARGETS["sm_90"].device
@@ -66,7 +66,8 @@ def test_products_compile(target: str, dtype: torch.dtype) -> None:
     launches = {**recorded(forward(dtype), target), **recorded(backward(dtype), target)}
     assert set(launches) >= {"linear_forward", "linear_backward_dx", "linear_backward_dweight"}
     for launch in launches.values():
-        assert_good(aot.compile_launch(launch, target), tensor_cores=dtype == torch.bfloat16 and launch.kernel.__name__.startswith("linear"))
+        is_product = launch.kernel.__name__.startswith("linear")
+        assert_good(aot.compile_launch(launch, target), tensor_cores=is_product and dtype == torch.bfloat16)
 
 
 @pytest.mark.parametrize("target", aot.TARGETS)
@@ -90,7 +91,8 @@ def test_the_warp_group_instruction_of_each_generation() -> None:
 
 def test_uneven_split_and_large_kernels_compile() -> None:
     """A summed dimension that is no multiple of the step; one shared out over programs; the largest tile; a pass of its own."""
-    calls = [forward(torch.bfloat16, 1, 8, 4096, 4096), forward(torch.bfloat16, 1, 333, 777, 1001), backward(torch.bfloat16, 2, 8192, 8192, 8192)]
+    shapes = (8, 4096, 4096), (64, 65536, 64), (333, 777, 1001)
+    calls = [*(forward(torch.bfloat16, 1, *shape) for shape in shapes), backward(torch.bfloat16, 2, 8192, 8192, 8192)]
     launches = [launch for call in calls for launch in aot.record(call, "sm_90")]
     names = {launch.kernel.__name__ for launch in launches}
     assert {"combine", "activation_backward"} <= names
@@ -102,7 +104,7 @@ def test_uneven_split_and_large_kernels_compile() -> None:
 @pytest.mark.parametrize("name", ["linear_forward", "linear_backward_dx", "linear_backward_dweight", "activation_backward", "combine"])
 def test_offsets_are_64_bit(name: str) -> None:
     """A tensor may have more than 2^31 elements: no address is formed from a 32-bit vector, none from a 32-bit product."""
-    calls = [forward(torch.bfloat16, 1, 8, 4096, 4096), backward(torch.bfloat16), backward(torch.bfloat16, 1, 2048, 2048, 2048)]
+    calls = [forward(torch.bfloat16, 1, 64, 65536, 64), backward(torch.bfloat16), backward(torch.bfloat16, 1, 2048, 2048, 2048)]
     launch = next(launch for call in calls for launch in aot.record(call, "sm_90") if launch.kernel.__name__ == name)
     ttir = aot.compile_launch(launch, "sm_90").text("ttir")
     vectors = re.findall(r"tt\.addptr .*: tensor<[\dx]+!tt\.ptr<\w+>>, tensor<[\dx]*x(i\d+)>", ttir)
@@ -112,7 +114,7 @@ def test_offsets_are_64_bit(name: str) -> None:
 
 
 def test_the_code_of_every_stage_can_be_read() -> None:
-    (compiled,) = aot.compiled("linear_forward", "sm_90", torch.bfloat16, 1)
+    (compiled,) = aot.compiled("linear_forward", "sm_90")
     for stage, word in (("ttir", "tt.dot"), ("ttgir", "ttng.warp_group_dot"), ("ptx", "wgmma"), ("sass", "HGMMA")):
         assert word in compiled.text(stage), stage
     with pytest.raises(ValueError, match="no stage 'amdgcn'; it has"):
@@ -127,6 +129,7 @@ def test_launchers_are_found() -> None:
     from dlkernels import gpu
 
     assert {"linear_forward", "linear_backward"} <= set(gpu.implementations())
+    assert set(gpu.examples()) == set(gpu.implementations())
 
 
 def test_absent_arguments_cost_nothing() -> None:
@@ -199,7 +202,7 @@ def test_tuning_keeps_the_fastest_and_survives_failures() -> None:
 
 @pytest.mark.parametrize("M, K, N", [(64, 784, 256), (333, 777, 1001)])
 def test_tuning_runs_every_product(M: int, K: int, N: int) -> None:
-    with aot.recording(H100) as launches:
+    with recording(H100) as launches:
         for name, rows, cols, depth, run in tune.products(M, K, N, torch.bfloat16, "meta"):
             run(tune.trials(name, "half", rows, cols, depth, H100)[0])
     assert len(launches) >= 5

@@ -1,6 +1,7 @@
 """The Triton twins: one file per op, found by looking. Importing this package imports Triton only when a kernel is asked for.
 
-A kernel file takes part by naming its launchers: ``IMPLEMENTATIONS = {"<raw op>": launcher}``. Nothing else lists it.
+A kernel file takes part by naming its launchers, ``IMPLEMENTATIONS = {"<raw op>": launcher}``, and, for each, arguments of a typical size,
+``EXAMPLES = {"<raw op>": lambda empty: (empty(M, K), ...)}``, which `aot` compiles. Nothing else lists it.
 
     activations.py   the epilogues and their derivatives, as jit functions
     matmul.py        the one dot tile that every matrix product is cut into
@@ -25,10 +26,19 @@ import torch
 @cache
 def implementations() -> dict[str, Callable[..., Any]]:
     """Raw op name -> Triton launcher, gathered from every module of this package."""
-    found: dict[str, Callable[..., Any]] = {}
+    return _gather("IMPLEMENTATIONS")
+
+
+@cache
+def examples() -> dict[str, Callable[..., tuple[Any, ...]]]:
+    """Raw op name -> function that makes the arguments of a typical call, given ``empty(*shape)``."""
+    return _gather("EXAMPLES")
+
+
+def _gather(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
     for entry in pkgutil.iter_modules(__path__):
-        module = importlib.import_module(f"{__name__}.{entry.name}")
-        found.update(getattr(module, "IMPLEMENTATIONS", {}))
+        found.update(getattr(importlib.import_module(f"{__name__}.{entry.name}"), name, {}))
     return found
 
 

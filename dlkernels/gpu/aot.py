@@ -1,6 +1,6 @@
 """Compile kernels for a GPU that is not there, and read the machine code.
 
-    compiled("linear_forward", "sm_90")  ->  what the launcher would start for 1024x1024x1024 bf16, compiled, with what it costs:
+    compiled("linear_forward", "sm_90")  ->  what the launcher would start for its example in bf16, compiled, with what it costs:
     registers, bytes spilled, shared memory, tensor-core instructions, and the text of every stage from TTIR to SASS
 
 Nothing is described twice: the launcher itself runs on tensors without data while ``launch.recording`` notes the kernels it starts, with
@@ -23,6 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from . import examples, implementations
 from .launch import Device, Launch, recording
 
 
@@ -96,34 +97,18 @@ def record(call: Callable[[], Any], target: str) -> list[Launch]:
     return launches
 
 
-def compiled(op: str, target: str = "sm_90", dtype: torch.dtype = torch.bfloat16, activation: int = 1) -> list[Compiled]:
-    """Every kernel that the raw op ``op`` ("linear_forward", "linear_backward") starts for 1024x1024x1024, compiled for ``target``.
+def compiled(op: str, target: str = "sm_90", dtype: torch.dtype = torch.bfloat16) -> list[Compiled]:
+    """Every kernel that the raw op ``op`` ("linear_forward") starts for its file's example, compiled for ``target``.
 
     Raises:
         ValueError: ``op`` or ``target`` is unknown.
     """
-    if op not in EXAMPLES:
-        raise ValueError(f"no example to compile for {op!r}; known: {', '.join(EXAMPLES)}")
+    if op not in examples():
+        raise ValueError(f"no example to compile for {op!r}; known: {', '.join(examples())}")
     if target not in TARGETS:
         raise ValueError(f"unknown target {target!r}; known: {', '.join(TARGETS)}")
-    return [compile_launch(launch, target) for launch in record(lambda: EXAMPLES[op](dtype, activation), target)]
-
-
-def _linear_forward(dtype: torch.dtype, activation: int) -> None:
-    from . import linear
-
-    x, weight, bias = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((1024, 1024), (1024, 1024), (1024,)))
-    linear.forward(x, weight, bias, activation, 0.01, activation in (2, 3, 7))
-
-
-def _linear_backward(dtype: torch.dtype, activation: int) -> None:
-    from . import linear
-
-    dy, x, weight, saved = (torch.empty(1024, 1024, dtype=dtype, device="meta") for _ in range(4))
-    linear.backward(dy, x, weight, saved, activation, 0.01, True, True, True)
-
-
-EXAMPLES: dict[str, Callable[[torch.dtype, int], None]] = {"linear_forward": _linear_forward, "linear_backward": _linear_backward}
+    args = examples()[op](lambda *shape: torch.empty(shape, dtype=dtype, device="meta"))
+    return [compile_launch(launch, target) for launch in record(lambda: implementations()[op](*args), target)]
 
 
 def _specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]]]:

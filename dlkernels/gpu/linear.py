@@ -23,7 +23,7 @@ from torch import Tensor
 from .activations import COSTLY, DERIVATIVES, EPILOGUES, LEAKY_RELU, identity, identity_backward
 from .config import Config, ceil_div, choose, kind_of
 from .launch import check_tensor, device_of, launch, precision
-from .matmul import combine, dot_tile, offsets, tile_ids
+from .matmul import combine, dot_tile, offsets, tile_ids, wrapped
 
 
 @triton.jit
@@ -34,18 +34,18 @@ def linear_forward(
     """y[s, m, n] = EPILOGUE(Σ_k x[m,k] W[n,k] + b[n]) for the s-th SHARE of k; y, z contiguous; bias and z may be None."""
     pid_m, pid_n = tile_ids(M, N, BM, BN, GROUP)
     share = tl.program_id(1).to(tl.int64)
-    m = pid_m * BM + tl.arange(0, BM)
-    n = pid_n * BN + tl.arange(0, BN)
+    m, n = wrapped(pid_m * BM, M, BM), wrapped(pid_n * BN, N, BN)
     k = share * SHARE + tl.arange(0, BK)
-    a = x + offsets(m % M, k, x_m, x_k)
-    b = weight + offsets(k, n % N, w_k, w_n)
+    a = x + offsets(m, k, x_m, x_k)
+    b = weight + offsets(k, n, w_k, w_n)
     step = tl.full((), BK, tl.int64)
     acc, _ = dot_tile(
         a, a, b, step * x_k, step * x_k, step * w_k, share * SHARE, tl.minimum((share + 1) * SHARE, K), slope, identity_backward, PRECISION,
         EVEN, False,
     )  # fmt: skip
     if bias is not None:
-        acc += tl.load(bias + n % N).to(acc.dtype)[None, :]
+        acc += tl.load(bias + n).to(acc.dtype)[None, :]
+    m, n = pid_m * BM + tl.arange(0, BM), pid_n * BN + tl.arange(0, BN)
     place = share * M * N + offsets(m, n, N, 1)
     inside = (m < M)[:, None] & (n < N)[None, :]
     if z is not None:
@@ -61,14 +61,14 @@ def linear_backward_dx(
     """dx[s, m, k] = Σ_n dz[m,n] W[n,k] for the s-th SHARE of n; saved [M, N] and dx contiguous."""
     pid_m, pid_k = tile_ids(M, K, BM, BK, GROUP)
     share = tl.program_id(1).to(tl.int64)
-    m = pid_m * BM + tl.arange(0, BM)
-    k = pid_k * BK + tl.arange(0, BK)
+    m, k = wrapped(pid_m * BM, M, BM), wrapped(pid_k * BK, K, BK)
     n = share * SHARE + tl.arange(0, BN)
     step = tl.full((), BN, tl.int64)
     acc, _ = dot_tile(
-        dy + offsets(m % M, n, dy_m, dy_n), saved + offsets(m % M, n, N, 1), weight + offsets(n, k % K, w_n, w_k),
+        dy + offsets(m, n, dy_m, dy_n), saved + offsets(m, n, N, 1), weight + offsets(n, k, w_n, w_k),
         step * dy_n, step, step * w_n, share * SHARE, tl.minimum((share + 1) * SHARE, N), slope, DERIVATIVE, PRECISION, EVEN, False,
     )  # fmt: skip
+    m, k = pid_m * BM + tl.arange(0, BM), pid_k * BK + tl.arange(0, BK)
     inside = (m < M)[:, None] & (k < K)[None, :]
     tl.store(dx + share * M * K + offsets(m, k, K, 1), acc.to(dx.dtype.element_ty), inside)
 
@@ -81,15 +81,15 @@ def linear_backward_dweight(
     """dW[s, n, k] = Σ_m dz[m,n] x[m,k] and db[s, n] = Σ_m dz[m,n] for the s-th SHARE of m; outputs contiguous; dbias may be None."""
     pid_n, pid_k = tile_ids(N, K, BN, BK, GROUP)
     share = tl.program_id(1).to(tl.int64)
-    n = pid_n * BN + tl.arange(0, BN)
-    k = pid_k * BK + tl.arange(0, BK)
+    n, k = wrapped(pid_n * BN, N, BN), wrapped(pid_k * BK, K, BK)
     m = share * SHARE + tl.arange(0, BM)
     step = tl.full((), BM, tl.int64)
     acc, sums = dot_tile(
-        dy + offsets(n % N, m, dy_n, dy_m), saved + offsets(n % N, m, 1, N), x + offsets(m, k % K, x_m, x_k),
+        dy + offsets(n, m, dy_n, dy_m), saved + offsets(n, m, 1, N), x + offsets(m, k, x_m, x_k),
         step * dy_m, step * N, step * x_m, share * SHARE, tl.minimum((share + 1) * SHARE, M), slope, DERIVATIVE, PRECISION, EVEN,
         dbias is not None,
     )  # fmt: skip
+    n, k = pid_n * BN + tl.arange(0, BN), pid_k * BK + tl.arange(0, BK)
     inside = (n < N)[:, None] & (k < K)[None, :]
     tl.store(dweight + share * N * K + offsets(n, k, K, 1), acc.to(dweight.dtype.element_ty), inside)
     if dbias is not None:  # every column-tile has the same sums; the first writes them
@@ -274,3 +274,7 @@ def _combine(partial: Tensor, bias: Tensor | None, y: Tensor, z: Tensor | None, 
 
 
 IMPLEMENTATIONS = {"linear_forward": forward, "linear_backward": backward}
+EXAMPLES = {
+    "linear_forward": lambda empty: (empty(1024, 1024), empty(1024, 1024), empty(1024), 1, 0.0, False),
+    "linear_backward": lambda empty: (*(empty(1024, 1024) for _ in range(4)), 1, 0.0, True, True, True),
+}

@@ -12,8 +12,8 @@
 * **Shared memory** holds `num_stages` steps of a and b: the copies of later steps run while the tensor cores work on this one.
 * a is *formed*, not only read: `DERIVATIVE(a, saved)` turns dy into dz = dy · act'(saved) on its way to the tensor cores. Without an
   activation the function is the identity and the load of `saved`, unused, is removed by the compiler.
-* Rows and columns past the edge are wrapped (`% size`) instead of masked: such a lane computes something that is never stored, and the
-  inner loop needs no mask. Only the summed dimension needs one, and only where it is no multiple of the step (EVEN is false).
+* Rows and columns past the edge are wrapped to the tile's first ones instead of masked: such a lane computes something that is never
+  stored, and the inner loop needs no mask. Only the summed dimension needs one, where it is no multiple of the step (EVEN is false).
 * Row and column numbers are int64 before they meet a stride: a tensor may have more than 2^31 elements.
 """
 
@@ -36,6 +36,12 @@ def tile_ids(ROWS, COLS, BROWS: tl.constexpr, BCOLS: tl.constexpr, GROUP: tl.con
     height = tl.minimum(tiles_r - first, GROUP)
     inside = pid % (GROUP * tiles_c)
     return (first + inside % height).to(tl.int64), (inside // height).to(tl.int64)
+
+
+@triton.jit
+def wrapped(start, SIZE, BLOCK: tl.constexpr):
+    """start, start + 1, ... (int64, [BLOCK]); past SIZE again from start. The remainder is 32-bit: a 64-bit one is a slow routine."""
+    return start + tl.arange(0, BLOCK) % tl.minimum(SIZE - start, BLOCK).to(tl.int32)
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 """Measure tile configurations on this machine's GPU and write them to its table: what `dlkernels tune` runs.
 
-For every shape and dtype, and each product of linear (dx and dweight also with dz formed inside), the model's best few candidates (config.py) are timed and the fastest
-kept. Times are medians with the L2 cache cleared before each run. A candidate that fails to compile or launch is skipped, not fatal;
-Ctrl-C keeps what is finished.
+For every shape and dtype, and each product of linear (dx and dweight also with dz formed inside), the model's best few candidates
+(config.py) are timed and the fastest kept. Times are medians with the L2 cache cleared before each run. A candidate that fails to compile
+or launch is skipped, not fatal; Ctrl-C keeps what is finished.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ SHAPES = [  # (M, K, N)
     (333, 777, 1001), (8, 4096, 4096),
 ]  # fmt: skip
 DTYPES = (torch.bfloat16, torch.float32)
-TRIES = 10
+TRIES = 12
 
 Product = tuple[str, int, int, int, Callable[[Config], None]]
 
@@ -46,11 +47,12 @@ def products(M: int, K: int, N: int, dtype: torch.dtype, device: torch.device | 
 
 
 def trials(name: str, kind: str, rows: int, cols: int, depth: int, device: Device, count: int = TRIES) -> list[Config]:
-    """The ``count`` candidates worth measuring: the model's best first, and no tile more than three times for its splits."""
+    """The ``count`` candidates worth measuring: the model's best first, each also one stage shallower, which leaves room for a second
+    program on the multiprocessor; no tile with more than two splits."""
     chosen: list[Config] = []
     for c in candidates(kind, rows, cols, depth, device, config.reads(name)):
-        if sum((c.rows, c.cols) == (other.rows, other.cols) for other in chosen) < 3:
-            chosen.append(c)
+        if sum((c.rows, c.cols) == (other.rows, other.cols) for other in chosen) < 4:
+            chosen += [c] if c.stages == 2 else [c, replace(c, stages=c.stages - 1)]
     return chosen[:count]
 
 
