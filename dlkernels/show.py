@@ -3,14 +3,13 @@
 C++ sources are found beside an installed package (dlkernels/_csrc/cpu) and in a checkout (csrc/cpu).
 """
 
-import re
 import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import backend
+from . import assembly, backend
 from .registry import OPS, Op
 
 PACKAGE = Path(__file__).parent
@@ -63,11 +62,11 @@ def _source(title: str, language: str, path: Path) -> Page:
 
 def _gpu_code(op: Op, stage: str) -> Iterator[Page]:
     """What the Triton twin compiles to for GPU_TARGET, with or without a GPU in this machine."""
-    from .gpu import aot
+    from .gpu import aot, examples
 
-    known = [raw for raw in op.raw if raw in aot.EXAMPLES]
+    known = [raw for raw in op.raw if raw in examples()]
     if not known:
-        raise NotAvailable(f"no kernel of {op.name} is compiled ahead of time; those that are: {', '.join(aot.EXAMPLES)}")
+        raise NotAvailable(f"no kernel of {op.name} is compiled ahead of time; those that are: {', '.join(examples())}")
     for raw in known:
         for kernel in aot.compiled(raw, GPU_TARGET):
             title = (
@@ -78,33 +77,25 @@ def _gpu_code(op: Op, stage: str) -> Iterator[Page]:
 
 
 def _assembly(op: Op) -> Iterator[Page]:
-    """The machine code of the op's functions in the loaded CPU library."""
+    """The op's machine code in the loaded CPU library: its functions, the busiest inner loop, and the function around that loop."""
     library = backend.library_path(backend.isa())
     if library is None:
         raise NotAvailable("the CPU library is not built")
     if shutil.which("objdump") is None:
         raise NotAvailable("objdump is not on the PATH; it comes with binutils (apt install binutils)")
-    listing = subprocess.run(
-        ["objdump", "--disassemble", "--demangle", "--no-show-raw-insn", "-M", "intel", str(library)],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    found = list(functions_of(listing, (op.module, *op.raw)))
-    if not found:
+    command = ["objdump", "--disassemble", "--demangle", "--no-show-raw-insn", "-M", "intel", str(library)]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    functions = assembly.functions(listing, cpu_source(op.module), (op.module, *op.raw))
+    if not functions:
         raise NotAvailable(f"{library.name} names no function of {op.name}: its symbols were stripped")
-    for name, code in found:
-        yield Page(name, "nasm", code, f"objdump --disassemble {library.name}")
-
-
-def functions_of(listing: str, words: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    """The functions of an objdump listing whose name contains one of `words` as a word: (name, code)."""
-    wanted = re.compile("|".join(rf"(?<![a-zA-Z]){re.escape(word)}(?![a-zA-Z])" for word in words))
-    for block in listing.split("\n\n"):
-        head, _, code = block.strip().partition("\n")
-        name = re.fullmatch(r"[0-9a-f]+ <(.*)>:", head)
-        if name and wanted.search(name[1]) and not name[1].endswith("@plt"):
-            yield name[1], code
+    origin = f"objdump --disassemble {library.name}"
+    lines = [f"; {f.multiply_adds:8} {f.instructions:8}  {f.name}" for f in functions if f.multiply_adds] or ["; none multiplies and adds"]
+    yield Page(f"{op.name}: functions", "nasm", "\n".join(["; mul-adds   instrs  function", *lines]), origin)
+    busiest = max(functions, key=lambda function: (function.loop.density if function.loop else 0.0, function.multiply_adds))
+    if busiest.loop:
+        title = f"Its busiest inner loop: {busiest.loop.multiply_adds} multiply-adds in {busiest.loop.instructions} instructions"
+        yield Page(title, "nasm", f"; {title}\n; in {busiest.name}\n{busiest.loop.code}", origin)
+    yield Page(busiest.name, "nasm", f"; {busiest.name}\n{busiest.code}", origin)
 
 
 def find(name: str) -> Op:

@@ -58,7 +58,7 @@ def plan(ops: Sequence[Op], mode: Mode, dtypes: Sequence[torch.dtype] | None = N
     otherwise at headline sizes, which are then measured once more with it.
     """
     heads = headline(ops)
-    everywhere = mode is FULL if compiled is None else compiled
+    everywhere = mode.name == "full" if compiled is None else compiled
 
     def cases(some: Sequence[Op], sizes: str, first: bool) -> list[Case]:
         return [
@@ -71,7 +71,7 @@ def plan(ops: Sequence[Op], mode: Mode, dtypes: Sequence[torch.dtype] | None = N
         ]
 
     with_compile = [replace(case, compiled=True) for case in cases(heads, "quick", True)] if compiled is None and not everywhere else []
-    if mode is QUICK:
+    if mode.name == "quick":
         with_compile = [case for case in with_compile if case.direction == FORWARD and case.size == case.op.quick[0]]
         other_dtypes = [case for case in cases(heads, "quick", False) if case.size == case.op.quick[0]]
         stages = [cases(heads, "quick", True), cases(ops, "quick", True), other_dtypes, with_compile]

@@ -68,7 +68,7 @@ def bench(
     --json FILE the file is written after every row.
     """
     found = find_ops(ops)
-    results = Results(Path(json_target) if json_target not in (None, "-") else None)
+    results = _open(None if json_target in (None, "-") else Path(json_target))
     try:
         with suite.using_threads(threads):
             run_bench(results, found, suite.MODES[mode or "default"], find_dtypes(dtypes), device, compiled)
@@ -92,7 +92,7 @@ def report(quick: bool, out: Path, device: torch.device, threads: int | None, co
     from .. import report as reporting
 
     page = out if out.suffix == ".html" else out / "index.html"
-    results = Results(page.with_name("results.json"))
+    results = _open(page.with_name("results.json"))
     try:
         with suite.using_threads(threads):
             run_check(results, find_ops(()), None, device)
@@ -113,6 +113,7 @@ def run_check(results: Results, ops: Sequence[Op], dtypes: Sequence[torch.dtype]
     wanted = dtypes or list(DTYPE_NAMES.values())
     total = checking.count(ops, wanted)
     with progress("checking") as update:
+        update(0, total, "")
         rows: list[Row] = []
         try:
             for number, group in enumerate(checking.run(ops, wanted, device)):
@@ -138,7 +139,7 @@ def run_bench(
         from ..bench.limits import measure
 
         with progress("limits") as update:
-            limits = measure([torch.get_num_threads()], mode is not suite.FULL, update)
+            limits = measure([torch.get_num_threads()], mode.name == "quick", update)
         results.set("limits", limits)
     with progress("racing") as update:
         cases = suite.plan(ops, mode, dtypes, compiled)
@@ -166,6 +167,16 @@ def run_models(results: Results, device: torch.device, quick: bool) -> None:
         results.add("models", comparison.rows())
         if comparison.native.interrupted:
             raise KeyboardInterrupt
+
+
+def _open(path: Path | None) -> Results:
+    """Results that save themselves to `path`; says at once where that cannot be done, and not after the work."""
+    results = Results(path)
+    try:
+        results.save()
+    except OSError as error:
+        raise click.ClickException(f"cannot write {path}: {error.strerror}") from error
+    return results
 
 
 def _deliver(results: Results, json_target: str | None, shown: Sequence[Any]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from ..bench.results import dumps
@@ -66,15 +66,17 @@ def write_json(value: Any, target: str) -> None:
 
 @contextmanager
 def progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar on standard error, shown only on a terminal: yields update(done, total, what)."""
+    """A progress bar on standard error, where that is a terminal, else one line; yields update(done, total, what)."""
     columns = (
         TextColumn("[bold]{task.description}"),
-        BarColumn(16),
+        BarColumn(12),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("{task.fields[what]}"),
+        TextColumn("{task.fields[what]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
     )
     shown = Console(file=sys.stderr)
+    if not shown.is_terminal:
+        remark(f"{title} ...")
     with Progress(*columns, console=shown, transient=True, disable=not shown.is_terminal) as bar:
         task = bar.add_task(title, total=None, what="")
 

@@ -71,6 +71,7 @@ def _race(title: str, rows: Rows) -> Table:
     lines: list[list[str | Text]] = []
     for label, by_provider in sizes.items():
         ours = by_provider.get("dlkernels", {})
+        ours = ours if ours.get("ok") else {}  # a wrong result has no speed
         times: list[str | Text] = [_time(by_provider.get(name)) for name in providers]
         lines.append([label, *times, ratio(ours.get("vs_eager")), percent(ours.get("limit_fraction"))])
     return table(title, ("size", *providers, "vs eager", "of limit"), lines)
@@ -90,6 +91,6 @@ def _missing(data: Mapping[str, Any]) -> list[Text]:
     if data["skipped"]:
         measured = sum(row["provider"] == "all" for row in data["skipped"])
         compiled = len(data["skipped"]) - measured
-        parts = [f"{measured} cases" if measured else "", f"torch.compile at {compiled} sizes" if compiled else ""]
+        parts = [f"{measured} cases in all" if measured else "", f"torch.compile in {compiled} cases" if compiled else ""]
         lines.append(Text(f"Left out for time: {' and '.join(filter(None, parts))}. --full measures everything.", style="yellow"))
     return [Text(), *lines] if lines else []

@@ -1,7 +1,7 @@
 """`dlkernels train` and `dlkernels tune`."""
 
+import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import click
@@ -72,8 +72,7 @@ def tune(seconds: float, json_target: str | None) -> None:
         raise click.ClickException("tuning measures Triton kernels and needs a CUDA device; torch sees none")
     from ..gpu.tune import main
 
-    found = main(seconds=seconds)
+    written = main(seconds=seconds)
     if json_target is not None:
-        write_json(found, json_target)
-    if isinstance(found, (str, Path)):
-        remark(f"wrote {found}")
+        write_json(json.loads(written.read_text()), json_target)
+    remark(f"wrote {written}")

@@ -1,0 +1,421 @@
+"""The measuring instruments: do they time fairly, notice a wrong kernel, keep to their time, and lose nothing on Ctrl-C?"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dlkernels import OPS
+from dlkernels.bench import check, suite
+from dlkernels.bench.inputs import DTYPE_NAMES, arguments, gradient_names, label
+from dlkernels.bench.machine import describe
+from dlkernels.bench.providers import FORWARD, TRAINING, Case, line_up
+from dlkernels.bench.results import Results, dumps
+from dlkernels.bench.timing import Interrupted, Timing, interleave, is_busy
+from dlkernels.registry import Cost, Op
+
+FAST = replace(suite.QUICK, min_seconds=0.0, min_samples=3, max_seconds=0.2)
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    return x @ weight
+
+
+def toy(call: Callable[..., Any] = product, **changes: Any) -> Op:
+    """y = x weight: an op whose kernel is the test's to choose."""
+    op = Op(
+        name="toy", module="toy", call=call, reference=product, native=product,
+        make=lambda factory, M, K, N: (factory(M, K), factory(K, N)),
+        samples=[{"M": 3, "K": 4, "N": 5}, {"M": 0, "K": 2, "N": 2}],
+        bench=[{"M": 8, "K": 8, "N": 8}, {"M": 16, "K": 16, "N": 16}], quick=[{"M": 8, "K": 8, "N": 8}],
+        cost=lambda M, K, N: Cost(2 * M * K * N, 4 * M * K * N, M * K + K * N + M * N, 2 * (M * K + K * N + M * N)),
+        raw=("toy",), supports=lambda *args: None,
+    )  # fmt: skip
+    return replace(op, **changes)
+
+
+def failures(op: Op, dtype: torch.dtype = torch.float32) -> set[str]:
+    return {row.quantity for row in check.errors(op, {"M": 6, "K": 7, "N": 8}, dtype) if not row.ok}
+
+
+# timing
+
+
+def test_quantiles_are_of_the_samples() -> None:
+    timing = Timing((5.0, 1.0, 4.0, 2.0, 3.0, 100.0))
+    assert (timing.p20, timing.median, timing.p80) == (2.0, 3.5, 5.0)
+
+
+def test_providers_take_turns_and_follow_everybody_alike() -> None:
+    order: list[str] = []
+
+    def call(name: str) -> Callable[[], None]:
+        def run() -> None:
+            order.append(name)
+            time.sleep(3e-4)  # longer than the shortest sample: one call each
+
+        return run
+
+    names = ("a", "b", "c")
+    timings = interleave({name: call(name) for name in names}, min_seconds=0, min_samples=24, warmup=0)
+    assert [len(timing.samples) for timing in timings.values()] == [24, 24, 24]
+    rounds = [order[i : i + 3] for i in range(3, len(order), 3)]  # the first three warm up
+    assert all(sorted(names_of_round) == sorted(names) for names_of_round in rounds)
+    first = Counter(names_of_round[0] for names_of_round in rounds)
+    assert max(first.values()) - min(first.values()) <= 4
+    followers = Counter((a, b) for names_of_round in rounds for a, b in pairwise(names_of_round))
+    assert len(followers) == 6 and max(followers.values()) <= 2 * min(followers.values())
+
+
+def test_a_short_call_is_repeated_within_its_sample() -> None:
+    calls = 0
+
+    def count() -> None:
+        nonlocal calls
+        calls += 1
+
+    timing = interleave({"short": count}, min_seconds=0, min_samples=5, warmup=0.001)["short"]
+    assert calls > 20 * len(timing.samples)
+    assert 0 < timing.median < 1e-5
+
+
+def test_twice_the_work_takes_twice_the_time() -> None:
+    def spin(seconds: float) -> Callable[[], None]:
+        def run() -> None:
+            end = time.perf_counter() + seconds
+            while time.perf_counter() < end:
+                pass
+
+        return run
+
+    timings = interleave({"one": spin(1e-3), "two": spin(2e-3)}, min_seconds=0, min_samples=15, warmup=0)
+    assert timings["one"].p20 == pytest.approx(1e-3, rel=0.1)
+    assert timings["two"].p20 / timings["one"].p20 == pytest.approx(2, rel=0.15)
+
+
+def test_the_time_limit_ends_slow_measurements_after_three_rounds() -> None:
+    timing = interleave({"slow": lambda: time.sleep(0.02)}, min_seconds=9, min_samples=99, max_seconds=0.01, warmup=0)["slow"]
+    assert len(timing.samples) == 3
+
+
+def test_interruption_keeps_the_finished_rounds() -> None:
+    calls = 0
+
+    def interrupted_at_the_sixth() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 6:
+            raise KeyboardInterrupt
+        time.sleep(3e-4)
+
+    with pytest.raises(Interrupted) as caught:
+        interleave({"steady": lambda: time.sleep(3e-4), "other": interrupted_at_the_sixth}, min_samples=50, warmup=0)
+    assert {name: len(timing.samples) for name, timing in caught.value.timings.items()} == {"steady": 4, "other": 4}
+    assert gc.isenabled()
+
+
+def test_interruption_before_the_first_round_leaves_nothing() -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted) as caught:
+        interleave({"never": interrupted})
+    assert caught.value.timings == {}
+
+
+def test_the_garbage_collector_is_off_meanwhile() -> None:
+    states = []
+    interleave({"look": lambda: states.append(gc.isenabled())}, min_seconds=0, min_samples=3, warmup=0)
+    assert not any(states) and gc.isenabled()
+
+
+def test_nothing_to_time_is_an_error() -> None:
+    with pytest.raises(ValueError, match="calls"):
+        interleave({})
+
+
+def test_the_canary_notices_drift_and_scatter() -> None:
+    steady, slower, scattered = Timing((1.0,) * 10), Timing((1.5,) * 10), Timing((1.0, 2.0) * 5)
+    assert not is_busy(steady, steady)
+    assert is_busy(steady, slower) and is_busy(slower, steady) and is_busy(steady, scattered)
+
+
+# check
+
+
+@pytest.mark.parametrize("dtype", DTYPE_NAMES.values(), ids=DTYPE_NAMES)
+def test_the_definition_itself_passes(dtype: torch.dtype) -> None:
+    rows = check.errors(toy(), {"M": 6, "K": 7, "N": 8}, dtype)
+    assert [row.quantity for row in rows] == ["y", "dx", "dweight"]
+    assert all(row.ok for row in rows)
+
+
+def test_a_dropped_tail_is_noticed() -> None:
+    assert failures(toy(lambda x, weight: x[:, :-1] @ weight[:-1])) == {"y", "dx", "dweight"}
+
+
+def test_half_precision_where_single_is_asked_is_noticed() -> None:
+    assert "y" in failures(toy(lambda x, weight: (x.bfloat16() @ weight.bfloat16()).float()))
+
+
+def test_single_precision_where_double_is_asked_is_noticed() -> None:
+    assert failures(toy(lambda x, weight: (x.float() @ weight.float()).double()), torch.float64) >= {"y"}
+
+
+def test_a_wrong_gradient_is_noticed_though_the_value_is_right() -> None:
+    assert failures(toy(lambda x, weight: x @ (1.01 * weight - 0.01 * weight.detach()))) == {"dweight"}
+
+
+def test_a_missing_gradient_is_noticed() -> None:
+    assert failures(toy(lambda x, weight: x @ weight.detach())) == {"dweight"}
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_where_a_number_belongs_is_noticed(bad: float) -> None:
+    def call(x: Tensor, weight: Tensor) -> Tensor:
+        y = x @ weight
+        return y.masked_fill(torch.arange(y.numel()).reshape(y.shape) == 3, bad)
+
+    rows = check.errors(toy(call), {"M": 6, "K": 7, "N": 8}, torch.float32)
+    assert not rows[0].ok and rows[0].ours_error == check.WORST
+
+
+def test_a_wrong_shape_is_noticed() -> None:
+    assert check.relative_error(torch.ones(2, 3), torch.ones(3, 2).double()) == check.WORST
+    assert check.relative_error(None, torch.ones(3).double()) == check.WORST
+
+
+def test_relative_error_is_of_the_largest_value_and_lets_equal_infinities_be() -> None:
+    inf, nan = float("inf"), float("nan")
+    exact = torch.tensor([1.0, -4.0, inf, nan], dtype=torch.float64)
+    assert check.relative_error(torch.tensor([1.5, -4.0, inf, nan]), exact) == 0.5 / 4
+    assert check.relative_error(torch.tensor([1.0, -4.0, -inf, nan]), exact) == check.WORST
+    assert check.relative_error(torch.tensor([1.0, -4.0, nan, nan]), exact) == check.WORST
+    assert check.relative_error(torch.empty(0), torch.empty(0).double()) == 0
+
+
+def test_an_op_that_native_cannot_do_is_allowed_the_rounding_of_its_dtype() -> None:
+    def missing(x: Tensor, weight: Tensor) -> Tensor:
+        raise NotImplementedError("not implemented for 'Half'")
+
+    rows = check.errors(toy(native=missing), {"M": 6, "K": 7, "N": 8}, torch.float16)
+    assert all(row.ok and row.native_error == torch.finfo(torch.float16).eps for row in rows)
+
+
+def test_agreement_forgives_rounding_and_one_flipped_relu_but_no_wrong_tile() -> None:
+    native = torch.randn(1000, 1000)
+    flipped, tile = native.clone(), native.clone()
+    flipped[3, 4] = 0
+    tile[:6, :64] = 0
+    assert check.agree(native * (1 + 1e-6), native) and check.agree(flipped, native)
+    assert not check.agree(tile, native) and not check.agree(native[:, :-1], native)
+
+
+def test_arguments_are_the_same_numbers_in_every_dtype() -> None:
+    op = OPS["linear"]
+    single, half = (arguments(op, op.samples[-1], dtype) for dtype in (torch.float32, torch.float16))
+    assert all(torch.equal(a.half(), b) for a, b in zip(single, half))
+    assert gradient_names(op, single) == ["dx", "dweight", "dbias"]
+
+
+def test_labels() -> None:
+    assert label({"M": 64, "K": 784, "N": 256}) == "64x784x256"
+    assert label({"lead": (2, 3), "K": 17, "bias": False, "causal": True, "mode": "same"}) == "2x3x17 no-bias causal same"
+
+
+# suite
+
+
+def test_a_plan_begins_with_what_matters_and_repeats_nothing() -> None:
+    ops = list(OPS.values())
+    heads = suite.headline(ops)
+    assert [op.module for op in heads] == list(dict.fromkeys(op.module for op in ops))
+    for mode in suite.MODES.values():
+        cases = suite.plan(ops, mode)
+        keys = [(case.op.name, label(case.size), case.dtype, case.direction, case.compiled) for case in cases]
+        assert len(set(keys)) == len(keys)
+        assert cases[0].op in heads and cases[0].dtype == torch.float32 and cases[0].size in cases[0].op.quick
+    everything = {(case.op.name, label(case.size), case.dtype, case.direction) for case in suite.plan(ops, suite.FULL)}
+    assert len(everything) == sum(2 * len(op.dtypes) * len({label(s) for s in [*op.bench, *op.quick]}) for op in ops)
+    assert {key[:4] for key in keys} == everything  # the last mode is the full one
+
+
+def test_torch_compile_runs_everywhere_in_full_mode_and_elsewhere_as_asked() -> None:
+    ops = list(OPS.values())
+    assert all(case.compiled for case in suite.plan(ops, suite.FULL))
+    assert all(case.compiled for case in suite.plan(ops, suite.QUICK, compiled=True))
+    assert not any(case.compiled for case in suite.plan(ops, suite.DEFAULT, compiled=False))
+    for mode in (suite.QUICK, suite.DEFAULT):
+        compiled = [case for case in suite.plan(ops, mode) if case.compiled]
+        assert compiled and all(case.op in suite.headline(ops) and case.size in case.op.quick for case in compiled)
+
+
+def test_dtypes_can_be_chosen() -> None:
+    cases = suite.plan(list(OPS.values()), suite.DEFAULT, [torch.bfloat16])
+    assert {case.dtype for case in cases} == {torch.bfloat16}
+
+
+def rows_of(op: Op, mode: suite.Mode = FAST, **options: Any) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {"bench": [], "failures": [], "skipped": []}
+    for section, rows in suite.run(suite.plan([op], mode, [torch.float32], False), mode, **options):
+        found[section] += rows
+    return found
+
+
+def test_rows_say_what_was_measured() -> None:
+    limits = {
+        "flops": [{"dtype": "float32", "threads": torch.get_num_threads(), "flops_per_s": 1e9}],
+        "bandwidth": [{"bytes": 4096, "threads": torch.get_num_threads(), "bytes_per_s": 1e9, "kind": "copy"}],
+    }
+    rows = rows_of(toy(peers={"twice": lambda x, weight: (product(x, weight), product(x, weight))[0]}), limits=limits)["bench"]
+    assert {(row["direction"], row["provider"]) for row in rows} == {
+        (direction, name) for direction in (FORWARD, TRAINING) for name in ("eager", "dlkernels", "twice")
+    }
+    for row in rows:
+        assert row["op"] == "toy" and row["dtype"] == "float32" and row["label"] == "8x8x8" and row["size"] == {"M": 8, "K": 8, "N": 8}
+        assert 0 < row["p20_s"] <= row["median_s"] <= row["p80_s"] and row["samples"] >= 3 and row["ok"] is True
+        steps = 3 if row["direction"] == TRAINING else 1
+        assert row["flops"] == steps * 2 * 8**3 and row["bytes"] == steps * 4 * 3 * 8 * 8
+        assert row["limit_s"] == row["flops"] / 1e9 and row["limit_fraction"] == row["limit_s"] / row["median_s"]
+        eager = next(r for r in rows if r["provider"] == "eager" and r["direction"] == row["direction"])
+        assert row["vs_eager"] == eager["median_s"] / row["median_s"]
+
+
+def test_a_wrong_result_is_marked_and_not_counted() -> None:
+    wrong = rows_of(toy(lambda x, weight: 1.1 * (x @ weight)))["bench"]
+    assert {row["provider"] for row in wrong if not row["ok"]} == {"dlkernels"}
+    assert suite.geometric_means(wrong) == []
+    right = rows_of(toy())["bench"]
+    means = suite.geometric_means(right)
+    assert [(row["direction"], row["sizes"]) for row in means] == [(FORWARD, 1), (TRAINING, 1)]
+    assert means[0]["vs_eager"] == pytest.approx(next(row["vs_eager"] for row in right if row["provider"] == "dlkernels"))
+
+
+def test_geometric_means_are_geometric() -> None:
+    rows = [
+        {"op": "o", "dtype": "d", "direction": "f", "provider": "dlkernels", "ok": True, "vs_eager": ratio} for ratio in (1.0, 4.0, 0.5)
+    ]
+    assert suite.geometric_means(rows)[0]["vs_eager"] == pytest.approx(2 ** (1 / 3))
+    assert suite.geometric_means(rows)[0]["slowest"] == 0.5
+
+
+def test_a_large_wrong_result_is_noticed_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite, "EXACT_FLOPS", 0)
+    wrong = rows_of(toy(lambda x, weight: 1.1 * (x @ weight)))["bench"]
+    assert not any(row["ok"] for row in wrong if row["provider"] == "dlkernels")
+    assert all(row["ok"] for row in wrong if row["provider"] == "eager")
+
+
+def test_an_opponent_that_fails_is_recorded_and_the_race_goes_on() -> None:
+    def broken(x: Tensor, weight: Tensor) -> Tensor:
+        raise RuntimeError("no kernel\nfor this")
+
+    found = rows_of(toy(peers={"broken": broken}))
+    assert {(row["provider"], row["error"]) for row in found["failures"]} == {("broken", "RuntimeError: no kernel")}
+    assert {row["provider"] for row in found["bench"]} == {"eager", "dlkernels"}
+
+
+def test_without_eager_there_is_no_ratio() -> None:
+    def broken(x: Tensor, weight: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    rows = rows_of(toy(native=broken))["bench"]
+    assert rows and all(row["vs_eager"] is None and row["provider"] == "dlkernels" for row in rows)
+
+
+def test_what_there_is_no_time_for_is_named() -> None:
+    found = rows_of(toy(), replace(FAST, budget=-1.0))
+    assert not found["bench"] and [row["provider"] for row in found["skipped"]] == ["all", "all"]
+    assert all("budget" in row["reason"] for row in found["skipped"])
+
+
+def test_the_suite_keeps_its_time() -> None:
+    def slow(x: Tensor, weight: Tensor) -> Tensor:
+        time.sleep(0.01)
+        return x @ weight
+
+    op = toy(slow, bench=[{"M": m, "K": 8, "N": 8} for m in range(1, 200)])
+    start = time.perf_counter()
+    mode = replace(FAST, budget=1.0, name="default")
+    found: list[str] = [section for section, rows in suite.run(suite.plan([op], mode, [torch.float32], False), mode)]
+    assert time.perf_counter() - start < 2.5
+    assert {"bench", "skipped"} == set(found)
+
+
+def test_interruption_yields_the_finished_rounds_then_goes_on() -> None:
+    calls = 0
+
+    def call(x: Tensor, weight: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls > 400:
+            raise KeyboardInterrupt
+        time.sleep(3e-4)  # longer than the shortest sample: one call each
+        return x @ weight
+
+    cases = [Case(toy(call), {"M": 8, "K": 8, "N": 8}, torch.float32, FORWARD)]
+    sections = []
+    with pytest.raises(KeyboardInterrupt):
+        for section, rows in suite.run(cases, replace(FAST, min_samples=10**6, max_seconds=60)):
+            sections.append((section, [row["provider"] for row in rows]))
+    assert sections == [("bench", ["eager", "dlkernels"])]
+
+
+def test_threads_are_put_back() -> None:
+    before = torch.get_num_threads()
+    with suite.using_threads(1):
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == before
+
+
+def test_overhead_is_measured_for_both() -> None:
+    rows = list(suite.overhead([toy()]))
+    assert [(row["direction"], row["provider"]) for row in rows] == [
+        (direction, name) for direction in (FORWARD, TRAINING) for name in ("eager", "dlkernels")
+    ]
+    assert all(0 < row["microseconds"] < 1e5 for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("direction", [FORWARD, TRAINING])
+def test_torch_compile_takes_part(direction: str, capfd: pytest.CaptureFixture[str]) -> None:
+    field = line_up(Case(OPS["linear_relu"], {"M": 16, "K": 64, "N": 32}, torch.float32, direction, compiled=True), "cpu")
+    assert set(field.calls) == {"eager", "dlkernels", "compile"} and all(field.agrees.values()), field.failures
+    assert "AUTOTUNE" not in capfd.readouterr().err
+
+
+# results
+
+
+def test_results_are_saved_after_every_row_and_a_repeated_row_replaces_the_first(tmp_path: Path) -> None:
+    file = tmp_path / "folder" / "results.json"
+    results = Results(file)
+    row = {"op": "toy", "dtype": "float32", "label": "1", "direction": FORWARD, "provider": "eager", "threads": 1, "median_s": 1.0}
+    results.add("bench", [row])
+    results.add("bench", [{**row, "median_s": 2.0}, {**row, "provider": "dlkernels"}])
+    saved = json.loads(file.read_text())
+    assert [(r["provider"], r["median_s"]) for r in saved["bench"]] == [("eager", 2.0), ("dlkernels", 1.0)]
+    assert saved["schema"] == 1 and set(saved) >= {"machine", "limits", "check", "bench", "models", "overhead", "canary"}
+    assert [path.name for path in file.parent.iterdir()] == ["results.json"]
+
+
+def test_json_has_no_nan() -> None:
+    assert json.loads(dumps({"a": [math.nan, math.inf, 1.5], "b": (1, None)})) == {"a": [None, None, 1.5], "b": [1, None]}
+
+
+def test_the_machine_is_described() -> None:
+    here = describe()
+    assert set(here) >= {"cpu", "isa", "cores", "threads", "memory_gib", "gpu", "torch", "triton", "python", "compiler", "os", "date"}
+    assert here["torch"] == torch.__version__ and 0 < here["cores"] <= here["logical_cores"] and here["memory_gib"] > 0
