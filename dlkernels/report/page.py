@@ -75,9 +75,10 @@ def content(data: Results) -> dict[str, Any]:
     """Everything the template asks for."""
     look = charts.styles(data.providers)
     octaves = bar_octaves(data)
-    ops: dict[str, list[Panel]] = {}
+    ops: dict[str, list[tuple[Panel, Markup | None]]] = {}
+    least = 2 if len(data.panels) <= MANY_PANELS else 4
     for panel in data.panels:
-        ops.setdefault(panel.op, []).append(panel)
+        ops.setdefault(panel.op, []).append((panel, charts.race_chart(panel, look, least)))
     return {
         "data": data,
         "look": look,
@@ -94,7 +95,6 @@ def content(data: Results) -> dict[str, Any]:
         "eager": EAGER,
         "ours": OURS,
         "geomean": geomean,
-        "chart": lambda panel: charts.race_chart(panel, look, 2 if len(data.panels) <= MANY_PANELS else 4),
         "rooflines": rooflines(data, look),
         "checks": check_groups(data, by_quantity=False),
         "all_checks": check_groups(data, by_quantity=True),

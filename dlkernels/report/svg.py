@@ -77,7 +77,7 @@ class Axis:
 
 def linear_ticks(low: float, high: float, most: int) -> Iterable[float]:
     """Multiples of 1, 2 or 5 times a power of ten inside [low, high]."""
-    raw = (high - low) / max(1, most - 1)
+    raw = (high - low) / most
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * (1 - 1e-9))
     for i in range(math.ceil(low / step), math.floor(high / step) + 1):

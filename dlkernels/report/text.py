@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from textwrap import fill
 
 from dlkernels.report import units
 from dlkernels.report.data import COMPILE, EAGER, OURS, Panel, Results, geomean
@@ -51,15 +52,16 @@ def speed(data: Results) -> Sentence | None:
     panels = main_panels(data)
     if not panels:
         return None
-    facts = [
-        f"{panel.direction} {units.times(panel.geomean(EAGER))} eager"
-        + (f" and {units.times(compiled)} torch.compile" if (compiled := panel.geomean(COMPILE)) else "")
-        for panel in panels
-    ]
-    sizes = count(max(len(panel.ratios(EAGER)) for panel in panels), "size")
+    facts = "; ".join(f"{panel.direction} {beside(panel)}" for panel in panels)
     ahead = all((panel.geomean(EAGER) or 0) >= 1 for panel in panels)
-    where = f"{panels[0].op}, {panels[0].dtype}"
-    return Sentence("good" if ahead else "bad", f"{where}: {'; '.join(facts)} (speed, geometric mean of {sizes}).")
+    return Sentence("good" if ahead else "bad", f"{panels[0].op}, {panels[0].dtype}, speed as geometric means: {facts}.")
+
+
+def beside(panel: Panel) -> str:
+    """`1.94× eager (7 sizes), 1.57× torch.compile (3 sizes)`."""
+    names = {EAGER: "eager", COMPILE: "torch.compile"}
+    found = [(units.times(panel.geomean(key)), name, len(panel.ratios(key))) for key, name in names.items() if panel.ratios(key)]
+    return ", ".join(f"{ratio} {name} ({count(sizes, 'size')})" for ratio, name, sizes in found)
 
 
 def limit(data: Results) -> Sentence | None:
@@ -124,7 +126,7 @@ def summary_text(data: Results) -> str:
         machine = [data.machine.get(key) for key in ("cpu", "gpu", "isa")]
         lines += ["  ".join(part for part in machine if part), ""]
     marks = {"good": "+", "bad": "!", "plain": " "}
-    lines += [f"{marks[sentence.mood]} {sentence.text}" for sentence in headline(data)]
+    lines += [fill(f"{marks[sentence.mood]} {sentence.text}", 100, subsequent_indent="  ") for sentence in headline(data)]
     if data.canary.get("busy"):
         lines.append("! The machine was busy while it was measured; times may be off.")
     if data.panels:
