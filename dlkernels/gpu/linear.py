@@ -154,9 +154,9 @@ def run_forward(
     out, share = _shares(c, y, K)
     whole = c.split == 1
     launch(
-        linear_forward, _grid(c, M, N), x, weight, bias if whole else None, out, z if whole else None, M, N, K, *x.stride(), *weight.stride(),
-        share, slope=slope, EPILOGUE=epilogue if whole else identity, PRECISION=precision(x.dtype), BM=c.rows, BN=c.cols, BK=c.depth,
-        GROUP=c.group, EVEN=K % c.depth == 0, warps=c.warps, stages=c.stages,
+        linear_forward, _grid(c, M, N), x, weight, bias if whole else None, out, z if whole else None, M, N, K, *x.stride(),
+        *weight.stride(), share, slope=slope, EPILOGUE=epilogue if whole else identity, PRECISION=precision(x.dtype), BM=c.rows, BN=c.cols,
+        BK=c.depth, GROUP=c.group, EVEN=K % c.depth == 0, warps=c.warps, stages=c.stages,
     )  # fmt: skip
     if not whole:
         _combine(out, bias, y, z, N, slope, epilogue)
@@ -269,8 +269,8 @@ def _shares(c: Config, result: Tensor, depth: int) -> tuple[Tensor, int]:
 
 
 def _combine(partial: Tensor, bias: Tensor | None, y: Tensor, z: Tensor | None, N: int, slope: float = 0.0, epilogue=identity) -> None:
-    BLOCK = 1024
-    launch(combine, (ceil_div(y.numel(), BLOCK),), partial, bias, y, z, y.numel(), N, len(partial), slope=slope, EPILOGUE=epilogue, BLOCK=BLOCK)
+    BLOCK, size = 1024, y.numel()
+    launch(combine, (ceil_div(size, BLOCK),), partial, bias, y, z, size, N, len(partial), slope=slope, EPILOGUE=epilogue, BLOCK=BLOCK)
 
 
 IMPLEMENTATIONS = {"linear_forward": forward, "linear_backward": backward}
