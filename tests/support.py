@@ -26,7 +26,6 @@ Results = dict[str, Tensor]
 
 SMALL = TRITON_ON_CPU  # the Triton interpreter runs a program per millisecond: small sizes only
 DTYPES = [dtype for dtype in FLOATS if not (SMALL and dtype == torch.bfloat16)]  # and its bfloat16 is wrong
-CHILD = "DLKERNELS_TEST_CHILD"  # set in the environment of a test process that a test has started
 
 each_op = pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
@@ -49,6 +48,11 @@ def middle(op: Op) -> Mapping[str, Any]:
 
 def largest(op: Op) -> Mapping[str, Any]:
     return max(samples(op), key=lambda size: elements(op, size))
+
+
+def moderate(op: Op, size: Mapping[str, Any], dtype: torch.dtype) -> Args:
+    """Arguments of a quarter of the usual size, so that sums of equal numbers stay where no activation is flat."""
+    return map_tensors(lambda t: t / 4, arguments(op, size, dtype))
 
 
 def integers(op: Op, size: Mapping[str, Any], dtype: torch.dtype) -> Args:
@@ -162,8 +166,8 @@ def expanded_columns(t: Tensor) -> Tensor:
 
 @layout
 def expanded_all(t: Tensor) -> Tensor:
-    """One number everywhere, all strides 0: what ``.sum().backward()`` sends back."""
-    return t.flatten()[:1].reshape([1] * t.dim()).expand(t.shape) if t.numel() else t
+    """One number everywhere (the smallest, as they all add up), all strides 0: what ``.sum().backward()`` sends back."""
+    return t.flatten()[t.abs().argmin()].reshape([1] * t.dim()).expand(t.shape) if t.numel() else t
 
 
 @contextmanager
@@ -211,18 +215,17 @@ def isolated(test: Callable[[], None]) -> Callable[[], None]:
     """Run a test without parameters in a process of its own: what crashes there is a failure here, not the end of the run."""
 
     def in_child() -> None:
-        if os.environ.get(CHILD):
-            return test()
-        source = f"import {test.__module__} as tests; tests.{test.__name__}()"
-        child = run_child(["-c", source], **{CHILD: "1"})
+        source = f"import {test.__module__} as tests; tests.{test.__name__}.body()"
+        child = run_child(["-c", source])
         assert child.returncode == 0, f"exit status {child.returncode}\n{child.stdout[-2000:]}\n{child.stderr[-6000:]}"
 
     in_child.__name__, in_child.__doc__, in_child.__module__ = test.__name__, test.__doc__, test.__module__
+    in_child.body = test  # type: ignore[attr-defined]
     return in_child
 
 
 __all__ = [
-    "CHILD", "DTYPES", "LAYOUTS", "SMALL", "Args", "RawCalls", "Results", "arguments", "as_tuple", "assert_accurate",
+    "DTYPES", "LAYOUTS", "SMALL", "Args", "RawCalls", "Results", "arguments", "as_tuple", "assert_accurate",
     "assert_same_bits", "cotangents", "differentiable", "dtype_name", "each_dtype", "each_op", "exact_results", "integers", "isolated",
-    "label", "largest", "map_tensors", "middle", "raw_calls", "results", "run_child", "samples", "threads",
+    "label", "largest", "map_tensors", "middle", "moderate", "raw_calls", "results", "run_child", "samples", "threads",
 ]

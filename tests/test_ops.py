@@ -28,6 +28,7 @@ from support import (
     largest,
     map_tensors,
     middle,
+    moderate,
     results,
     samples,
     threads,
@@ -103,7 +104,7 @@ def test_layouts(op: Op, dtype: torch.dtype, layout: Any) -> None:
     """Each argument in turn, then dy, then all of them, laid out unusually."""
     everything = tuple(range(len(op.make(torch.empty, **op.samples[0]))))
     for size in [middle(op)] if SMALL else [middle(op), largest(op), next(s for s in op.samples if len(s.get("lead", ())) > 2)]:
-        args = arguments(op, size, dtype)
+        args = moderate(op, size, dtype)
         dys = cotangents(op, args)
         some = [(i,) for i in differentiable(args)] + [()] if size is middle(op) else []
         for changed in [everything, *some]:
@@ -117,8 +118,8 @@ NONFINITE = (float("nan"), float("inf"), float("-inf"))
 @each_op
 @each_dtype
 def test_nan_and_inf_propagate(op: Op, dtype: torch.dtype) -> None:
-    """A single NaN or infinity at the start, in the middle or at the end of an argument reaches the places that it reaches in native."""
-    args = arguments(op, middle(op), dtype)
+    """A single NaN or infinity at the start, in the middle or at the end of an argument, or of dy, reaches the places that it should."""
+    args = moderate(op, middle(op), dtype)
     dys = cotangents(op, args)
     for i in range(len(args) + 1):
         target = dys[0] if i == len(args) else args[i]
@@ -134,11 +135,14 @@ def test_nan_and_inf_propagate(op: Op, dtype: torch.dtype) -> None:
 
 
 def assert_same_places(op: Op, args: Args, dys: Args, what: str) -> None:
-    ours, native = results(op, op.call, args, dys), results(op, op.native, args, dys)
+    """Where native or the float64 definition have NaN, so have we, and nowhere else; the same for infinities. (Either will do: native's
+    vectorised float32 gelu makes NaN of infinity, its scalar one does not.)"""
+    ours, native, exact = results(op, op.call, args, dys), results(op, op.native, args, dys), exact_results(op, args, dys)
     for name, value in ours.items():
         for kind in (torch.isnan, torch.isposinf, torch.isneginf):
-            places, wanted = kind(value), kind(native[name])
-            assert torch.equal(places, wanted), f"{what}: {kind.__name__}({name}) at {places.sum()} places, native at {wanted.sum()}"
+            found, allowed = kind(value), (kind(native[name]), kind(exact[name]))
+            wrong = (found & ~allowed[0] & ~allowed[1]) | (~found & allowed[0] & allowed[1])
+            assert not wrong.any(), f"{what}: {kind.__name__}({name}) is not native's nor float64's at {wrong.nonzero().tolist()[:5]}"
 
 
 @each_op
