@@ -53,7 +53,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, dict(attrs)))
-        if tag not in {"meta", "link"}:  # these have no end
+        if tag not in {"meta", "link", "wbr"}:  # these have no end
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -144,6 +144,7 @@ def test_native_wins_are_listed_widest_first(example: Json, tmp_path: Path) -> N
     text = render(example, tmp_path)
     assert text.index("Where native wins") < text.index("Every op")
     assert 'class="native" style="left:0.0%;width:50.0%"' in text  # a factor of 4 fills the losing half of the bar
+    assert 'class="ours" style="left:50.0%;width:25.0%"' in text  # a factor of 2 half of the winning one
     assert "Native wins 2 of" in Page(text).text
 
 
