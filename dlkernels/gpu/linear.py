@@ -58,15 +58,17 @@ def linear_backward_dx(
     dy, saved, weight, dx, M, N, K, dy_m, dy_n, w_n, w_k, SHARE, slope: tl.constexpr, DERIVATIVE: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """dx[s, m, k] = Σ_n dz[m,n] W[n,k] for the s-th SHARE of n; saved [M, N] and dx contiguous."""
+    """dx[s, m, k] = Σ_n dz[m,n] W[n,k] for the s-th SHARE of n; dx and saved contiguous; saved [M, N] is None where dz is dy."""
     pid_m, pid_k = tile_ids(M, K, BM, BK, GROUP)
     share = tl.program_id(1).to(tl.int64)
     m, k = wrapped(pid_m * BM, M, BM), wrapped(pid_k * BK, K, BK)
     n = share * SHARE + tl.arange(0, BN)
     step = tl.full((), BN, tl.int64)
+    a = dy + offsets(m, n, dy_m, dy_n)
+    kept, step_kept = (a, step * dy_n) if saved is None else (saved + offsets(m, n, N, 1), step)
     acc, _ = dot_tile(
-        dy + offsets(m, n, dy_m, dy_n), saved + offsets(m, n, N, 1), weight + offsets(n, k, w_n, w_k),
-        step * dy_n, step, step * w_n, share * SHARE, tl.minimum((share + 1) * SHARE, N), slope, DERIVATIVE, PRECISION, EVEN, False,
+        a, kept, weight + offsets(n, k, w_n, w_k), step * dy_n, step_kept, step * w_n, share * SHARE,
+        tl.minimum((share + 1) * SHARE, N), slope, DERIVATIVE, PRECISION, EVEN, False,
     )  # fmt: skip
     m, k = pid_m * BM + tl.arange(0, BM), pid_k * BK + tl.arange(0, BK)
     inside = (m < M)[:, None] & (k < K)[None, :]
@@ -78,16 +80,18 @@ def linear_backward_dweight(
     dy, saved, x, dweight, dbias, M, N, K, dy_m, dy_n, x_m, x_k, SHARE, slope: tl.constexpr, DERIVATIVE: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """dW[s, n, k] = Σ_m dz[m,n] x[m,k] and db[s, n] = Σ_m dz[m,n] for the s-th SHARE of m; outputs contiguous; dbias may be None."""
+    """dW[s, n, k] = Σ_m dz[m,n] x[m,k] and db[s, n] = Σ_m dz[m,n] for the s-th SHARE of m; outputs and saved contiguous; saved is None
+    where dz is dy; dbias may be None."""
     pid_n, pid_k = tile_ids(N, K, BN, BK, GROUP)
     share = tl.program_id(1).to(tl.int64)
     n, k = wrapped(pid_n * BN, N, BN), wrapped(pid_k * BK, K, BK)
     m = share * SHARE + tl.arange(0, BM)
     step = tl.full((), BM, tl.int64)
+    a = dy + offsets(n, m, dy_n, dy_m)
+    kept, step_kept = (a, step * dy_m) if saved is None else (saved + offsets(n, m, 1, N), step * N)
     acc, sums = dot_tile(
-        dy + offsets(n, m, dy_n, dy_m), saved + offsets(n, m, 1, N), x + offsets(m, k, x_m, x_k),
-        step * dy_m, step * N, step * x_m, share * SHARE, tl.minimum((share + 1) * SHARE, M), slope, DERIVATIVE, PRECISION, EVEN,
-        dbias is not None,
+        a, kept, x + offsets(m, k, x_m, x_k), step * dy_m, step_kept, step * x_m, share * SHARE,
+        tl.minimum((share + 1) * SHARE, M), slope, DERIVATIVE, PRECISION, EVEN, dbias is not None,
     )  # fmt: skip
     n, k = pid_n * BN + tl.arange(0, BN), pid_k * BK + tl.arange(0, BK)
     inside = (n < N)[:, None] & (k < K)[None, :]
@@ -100,7 +104,8 @@ def linear_backward_dweight(
 def activation_backward(
     dy, saved, dz, dbias, M, N, dy_m, dy_n, SHARE, slope: tl.constexpr, DERIVATIVE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
 ):
-    """dz[m,n] = dy · act'(saved) and dbias[s, n] = Σ_m dz[m,n] for the s-th SHARE of m; dz and dbias may be None. Reads each row once."""
+    """dz[m,n] = dy · act'(saved) and dbias[s, n] = Σ_m dz[m,n] for the s-th SHARE of m. dz, dbias and, where dz is dy, saved
+    may be None. Reads each row once."""
     n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     share = tl.program_id(1).to(tl.int64)
     DTYPE: tl.constexpr = dy.dtype.element_ty
@@ -110,8 +115,9 @@ def activation_backward(
         m = start + tl.arange(0, BM)
         inside = (m < M)[:, None] & (n < N)[None, :]
         dy_tile = tl.load(dy + offsets(m, n, dy_m, dy_n), inside, other=0.0).to(ACC)
-        saved_tile = tl.load(saved + offsets(m, n, N, 1), inside, other=0.0).to(ACC)
-        dz_tile = DERIVATIVE(dy_tile, saved_tile, slope).to(DTYPE)
+        if saved is not None:
+            dy_tile = DERIVATIVE(dy_tile, tl.load(saved + offsets(m, n, N, 1), inside, other=0.0).to(ACC), slope)
+        dz_tile = dy_tile.to(DTYPE)
         if dz is not None:
             tl.store(dz + offsets(m, n, N, 1), dz_tile, inside)
         sums += dz_tile.to(ACC)
@@ -170,7 +176,7 @@ def backward(
     check_tensor("dy", dy, x, (M, N))
     if activation:
         check_tensor("saved", saved, x, (M, N))
-    saved = saved.contiguous() if activation else dy  # unused without an activation; any pointer will do
+    kept = saved.contiguous() if activation else None
     dx = x.new_empty((M, K) if need_dx else (0,))
     dweight = x.new_empty((N, K) if need_dweight else (0,))
     dbias = x.new_empty((N,) if need_dbias else (0,))
@@ -178,19 +184,19 @@ def backward(
     if separate_pass(activation, M, N, K, need_dweight, need_dbias):
         products = bool(activation) and max(dx.numel(), dweight.numel()) > 0
         dz = dy.new_empty(M, N) if products else None
-        run_activation(dy, saved, dz, to_sum, activation, slope)
-        dy, saved, activation, to_sum = (dy, saved, activation, None) if dz is None else (dz, dz, 0, None)
+        run_activation(dy, kept, dz, to_sum, activation, slope)
+        dy, kept, activation, to_sum = (dy, kept, activation, None) if dz is None else (dz, None, 0, None)
     kind, device = kind_of(x.dtype, precision(x.dtype)), device_of(x)
     if dx.numel():
         name = "dx formed" if activation else "dx"
-        run_dx(choose(name, kind, M, K, N, device), dy, saved, weight, dx, activation, slope)
+        run_dx(choose(name, kind, M, K, N, device), dy, kept, weight, dx, activation, slope)
     if dweight.numel():
         name = "dweight" if activation == 0 and to_sum is None else "dweight formed"
-        run_dweight(choose(name, kind, N, K, M, device), dy, saved, x, dweight, to_sum, activation, slope)
+        run_dweight(choose(name, kind, N, K, M, device), dy, kept, x, dweight, to_sum, activation, slope)
     return dx, dweight, dbias
 
 
-def run_dx(c: Config, dy: Tensor, saved: Tensor, weight: Tensor, dx: Tensor, activation: int = 0, slope: float = 0.0) -> None:
+def run_dx(c: Config, dy: Tensor, saved: Tensor | None, weight: Tensor, dx: Tensor, activation: int = 0, slope: float = 0.0) -> None:
     """Fill dx by tiles of ``c``."""
     (M, N), K = dy.shape, weight.shape[1]
     out, share = _shares(c, dx, N)
@@ -204,7 +210,7 @@ def run_dx(c: Config, dy: Tensor, saved: Tensor, weight: Tensor, dx: Tensor, act
 
 
 def run_dweight(
-    c: Config, dy: Tensor, saved: Tensor, x: Tensor, dweight: Tensor, dbias: Tensor | None, activation: int = 0, slope: float = 0.0
+    c: Config, dy: Tensor, saved: Tensor | None, x: Tensor, dweight: Tensor, dbias: Tensor | None, activation: int = 0, slope: float = 0.0
 ) -> None:
     """Fill dweight, and dbias where it is not None, by tiles of ``c``."""
     (M, N), K = dy.shape, x.shape[1]
@@ -221,7 +227,7 @@ def run_dweight(
             _combine(sums, None, dbias, None, N)
 
 
-def run_activation(dy: Tensor, saved: Tensor, dz: Tensor | None, dbias: Tensor | None, activation: int, slope: float) -> None:
+def run_activation(dy: Tensor, saved: Tensor | None, dz: Tensor | None, dbias: Tensor | None, activation: int, slope: float) -> None:
     """Fill dz and dbias, whichever is not None; at most 64 programs share a column."""
     M, N = dy.shape
     BM, BN = 32, 128

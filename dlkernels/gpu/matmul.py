@@ -10,8 +10,8 @@
 
 * **Registers** hold the accumulator, in fp32 (fp64 for fp64 operands): each element is written to memory once, by the epilogue.
 * **Shared memory** holds `num_stages` steps of a and b: the copies of later steps run while the tensor cores work on this one.
-* a is *formed*, not only read: `DERIVATIVE(a, saved)` turns dy into dz = dy · act'(saved) on its way to the tensor cores. Without an
-  activation the function is the identity and the load of `saved`, unused, is removed by the compiler.
+* a is *formed*, not only read: `DERIVATIVE(a, saved)` turns dy into dz = dy · act'(saved) on its way to the tensor cores. Where
+  nothing is to be formed the function is the identity, and `saved`, which then points at a again, costs nothing: the compiler drops it.
 * Rows and columns past the edge are wrapped to the tile's first ones instead of masked: such a lane computes something that is never
   stored, and the inner loop needs no mask. Only the summed dimension needs one, where it is no multiple of the step (EVEN is false).
 * Row and column numbers are int64 before they meet a stride: a tensor may have more than 2^31 elements.
