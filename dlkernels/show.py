@@ -84,7 +84,10 @@ def _assembly(op: Op) -> Iterator[Page]:
     if shutil.which("objdump") is None:
         raise NotAvailable("objdump is not on the PATH; it comes with binutils (apt install binutils)")
     command = ["objdump", "--disassemble", "--demangle", "--no-show-raw-insn", "-M", "intel", str(library)]
-    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    try:
+        listing = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    except subprocess.SubprocessError as error:
+        raise NotAvailable(f"objdump cannot read {library}: {error}") from error
     functions = assembly.functions(listing, cpu_source(op.module), (op.module, *op.raw))
     if not functions:
         raise NotAvailable(f"{library.name} names no function of {op.name}: its symbols were stripped")

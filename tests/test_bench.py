@@ -304,11 +304,14 @@ def test_a_wrong_result_is_marked_and_not_counted() -> None:
 
 
 def test_geometric_means_are_geometric() -> None:
-    rows = [
-        {"op": "o", "dtype": "d", "direction": "f", "provider": "dlkernels", "ok": True, "vs_eager": ratio} for ratio in (1.0, 4.0, 0.5)
-    ]
-    assert suite.geometric_means(rows)[0]["vs_eager"] == pytest.approx(2 ** (1 / 3))
-    assert suite.geometric_means(rows)[0]["slowest"] == 0.5
+    def rows(label: str, **seconds: float) -> list[dict[str, Any]]:
+        place = {"op": "o", "dtype": "d", "direction": "f", "label": label, "ok": True}
+        return [{**place, "provider": name, "median_s": median} for name, median in seconds.items()]
+
+    races = rows("1", eager=1.0, dlkernels=1.0) + rows("2", eager=4.0, dlkernels=1.0, compile=3.0) + rows("3", eager=1.0, dlkernels=2.0)
+    (mean,) = suite.geometric_means(races)
+    assert mean["vs_eager"] == pytest.approx(2 ** (1 / 3)) and mean["slowest"] == 0.5 and mean["sizes"] == 3
+    assert mean["vs_compile"] == pytest.approx(3.0)
 
 
 def test_a_large_wrong_result_is_noticed_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:

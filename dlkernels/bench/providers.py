@@ -129,10 +129,11 @@ def _compiled(case: Case, args: tuple[Any, ...]) -> Callable[..., Any]:
 
 @contextmanager
 def _compiling() -> Iterator[None]:
-    """torch.compile compiles at its first call: freeze weights, and keep its autotuner's chatter off the terminal."""
+    """torch.compile compiles at its first call: freeze weights, in this process (a pool of compilers would outlive a Ctrl-C, and slow what
+    is timed meanwhile), and keep its autotuner's chatter off the terminal."""
     import torch._inductor.config
 
-    with warnings.catch_warnings(), torch._inductor.config.patch(freezing=True), redirect_stderr(io.StringIO()):
+    with warnings.catch_warnings(), torch._inductor.config.patch(freezing=True, compile_threads=1), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
 

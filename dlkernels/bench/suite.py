@@ -4,6 +4,7 @@
 the results file as they are finished.
 """
 
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -216,7 +217,9 @@ def _limit_seconds(case: Case, limits: Mapping[str, Any] | None, threads: int) -
 def overhead(ops: Sequence[Op], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[Row]:
     """The cost of a call in microseconds: each headline op at its smallest sample that computes anything, ours and eager."""
     for op in headline(ops):
-        size = min((s for s in op.samples if op.cost(**s).forward_flops), key=lambda s: op.cost(**s).forward_flops)
+        costs = [(op.cost(**size), size) for size in op.samples]
+        busy = [(cost.forward_flops, cost.forward_elements, size) for cost, size in costs if cost.forward_flops]
+        size = min(busy or [(0, cost.forward_elements, size) for cost, size in costs if cost.forward_elements], key=lambda c: c[:2])[-1]
         for direction in (FORWARD, TRAINING):
             case = Case(op, size, dtype, direction)
             with torch.no_grad() if direction == FORWARD else nullcontext():
@@ -238,19 +241,35 @@ def using_threads(threads: int | None) -> Iterator[None]:
 
 
 def geometric_means(rows: Sequence[Row]) -> list[Row]:
-    """Our speed over eager per op, dtype and direction, over the sizes whose result was right; "slowest" is the lowest of them."""
-    groups: dict[tuple[str, str, str], list[float]] = {}
+    """Our speed by op, dtype and direction, as geometric means over the sizes whose result was right.
+
+    "vs_eager" counts all "sizes" where eager ran, and "slowest" is the lowest of them; "vs_compile" counts those where torch.compile ran,
+    and is None without any.
+    """
+    seconds = {(*_race(row), row["provider"]): row["median_s"] for row in rows if row["ok"]}
+    groups: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
     for row in rows:
-        if row["provider"] == "dlkernels" and row["ok"] and row["vs_eager"]:
-            groups.setdefault((row["op"], row["dtype"], row["direction"]), []).append(row["vs_eager"])
-    return [
-        {
-            "op": op,
-            "dtype": dtype,
-            "direction": direction,
-            "vs_eager": torch.tensor(ratios, dtype=torch.float64).log().mean().exp().item(),
-            "sizes": len(ratios),
-            "slowest": min(ratios),
-        }
-        for (op, dtype, direction), ratios in groups.items()
-    ]
+        if row["provider"] == "dlkernels" and row["ok"]:
+            groups.setdefault(_race(row)[:3], []).append(_race(row))
+
+    def ratios(races: Sequence[tuple[str, ...]], opponent: str) -> list[float]:
+        pairs = [((*race, opponent), (*race, "dlkernels")) for race in races]
+        return [seconds[theirs] / seconds[ours] for theirs, ours in pairs if theirs in seconds]
+
+    means = []
+    for (op, dtype, direction), races in groups.items():
+        eager, compiled = ratios(races, "eager"), ratios(races, "compile")
+        if eager or compiled:
+            mean = {"vs_eager": _geometric_mean(eager), "vs_compile": _geometric_mean(compiled)}
+            means.append(
+                {"op": op, "dtype": dtype, "direction": direction, **mean, "sizes": len(eager), "slowest": min(eager, default=None)}
+            )
+    return means
+
+
+def _race(row: Row) -> tuple[str, ...]:
+    return (row["op"], row["dtype"], row["direction"], row["label"])
+
+
+def _geometric_mean(values: Sequence[float]) -> float | None:
+    return statistics.geometric_mean(values) if values else None

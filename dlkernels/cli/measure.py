@@ -163,6 +163,7 @@ def run_models(results: Results, device: torch.device, quick: bool) -> None:
 
     for spec in MODELS.values():
         epochs = max(1, math.ceil(spec.epochs / 5)) if quick else None
+        remark(f"training {spec.name} ...")
         comparison = compare(spec, epochs=epochs, device=device, min_seconds=0.5 if quick else 1.0)
         results.add("models", comparison.rows())
         if comparison.native.interrupted:

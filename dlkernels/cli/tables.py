@@ -50,16 +50,25 @@ def race(data: Mapping[str, Any]) -> list[Table | Text]:
     shown: list[Table | Text] = []
     for key, rows in groups.items():
         shown += [_race(" ".join(key), rows), Text()]
-    means = [
-        (row["op"], row["dtype"], row["direction"], str(row["sizes"]), ratio(row["slowest"]), ratio(row["vs_eager"]))
-        for row in geometric_means(data["bench"])
-    ]
+    means = geometric_means(data["bench"])
     if means:
-        columns = ("op", "dtype", "direction", "sizes", "lowest", "mean")
-        shown.append(table("Speed relative to eager: geometric mean over the sizes above", columns, means, left=3))
+        lines = [
+            (
+                row["op"],
+                row["dtype"],
+                row["direction"],
+                str(row["sizes"]),
+                ratio(row["slowest"]),
+                ratio(row["vs_eager"]),
+                ratio(row["vs_compile"]),
+            )
+            for row in means
+        ]
+        columns = ("op", "dtype", "direction", "sizes", "lowest", "eager", "compile")
+        shown.append(table("Our speed relative to eager and torch.compile: geometric means over the sizes above", columns, lines, left=3))
     if data["overhead"]:
-        lines = [(row["what"], f"{row['microseconds']:.1f}") for row in data["overhead"]]
-        shown += [Text(), table("The cost of a call", ("what", "microseconds"), lines)]
+        costs = [(row["what"], f"{row['microseconds']:.1f}") for row in data["overhead"]]
+        shown += [Text(), table("The cost of a call", ("what", "microseconds"), costs)]
     return [*shown, *_missing(data)]
 
 
