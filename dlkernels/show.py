@@ -92,11 +92,11 @@ def _assembly(op: Op) -> Iterator[Page]:
     if not functions:
         raise NotAvailable(f"{library.name} names no function of {op.name}: its symbols were stripped")
     origin = f"objdump --disassemble {library.name}"
-    lines = [f"; {f.multiply_adds:8} {f.instructions:8}  {f.name}" for f in functions if f.multiply_adds] or ["; none multiplies and adds"]
-    yield Page(f"{op.name}: functions", "nasm", "\n".join(["; mul-adds   instrs  function", *lines]), origin)
-    busiest = max(functions, key=lambda function: (function.loop.density if function.loop else 0.0, function.multiply_adds))
+    lines = [f"; {f.multiplies:8} {f.instructions:8}  {f.name}" for f in functions if f.multiplies] or ["; none multiplies vectors"]
+    yield Page(f"{op.name}: functions", "nasm", "\n".join([";  vector multiplies, instructions, function", *lines]), origin)
+    busiest = max(functions, key=lambda f: (f.is_member, f.loop.weight, "float" in f.name) if f.loop else (False, 0.0, False))
     if busiest.loop:
-        title = f"Its busiest inner loop: {busiest.loop.multiply_adds} multiply-adds in {busiest.loop.instructions} instructions"
+        title = f"Its busiest inner loop: {busiest.loop.multiplies} vector multiplies in {busiest.loop.instructions} instructions"
         yield Page(title, "nasm", f"; {title}\n; in {busiest.name}\n{busiest.loop.code}", origin)
     yield Page(busiest.name, "nasm", f"; {busiest.name}\n{busiest.code}", origin)
 
