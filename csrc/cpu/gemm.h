@@ -10,14 +10,18 @@
 //      M |       |MR |               tile:       MR x NR sums in registers; each k costs MR broadcasts, NV loads, MR*NV multiply-adds
 //        +-------+NR-+
 //
-// Panels are padded with zeros, so the edges of the matrix run the same code as its middle. Threads split C into a grid of rectangles
-// and never wait for one another; the order of every sum depends on the sizes alone, so results repeat bit for bit.
+// Both operands are packed once, by all threads together; then each thread computes its own rectangle of C. Panels are padded with zeros,
+// so the edges of the matrix run the same code as its middle. The order of every sum depends on the sizes alone: results repeat bit for bit.
 #pragma once
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <new>
 
 #include "simd.h"
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 // ---- small tools ---------------------------------------------------------------------------------------------------------------
 
@@ -40,15 +44,21 @@ template <class E, int Slot> E* scratch(int64_t count) {
         ~Buffer() { free(memory); }
     };
     static thread_local Buffer buffer;
-    int64_t size = (count * int64_t(sizeof(E)) + 4095) & ~int64_t(4095);
+    int64_t size = count * int64_t(sizeof(E));
     if (size > buffer.size) {
+        int64_t page = size < (1 << 20) ? 4096 : 2 << 20;
+        size = (size + page - 1) / page * page;
         free(buffer.memory);
         buffer.size = 0;
-        if (!(buffer.memory = aligned_alloc(4096, size))) throw std::bad_alloc();
+        if (!(buffer.memory = aligned_alloc(page, size))) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+        if (page > 4096) madvise(buffer.memory, size, MADV_HUGEPAGE);  // a walk over megabytes of panels would miss the TLB at every step
+#endif
         buffer.size = size;
     }
     return static_cast<E*>(buffer.memory);
 }
+constexpr double SERIAL = 1 << 18;  // below this many multiply-adds, waking a thread costs more than it saves
 inline int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
 
 // ---- readers and panels ----------------------------------------------------------------------------------------------------------
@@ -61,13 +71,13 @@ template <class E> struct Block {
 template <class E> using Reader = function_ref<Block<E>(int64_t r0, int rows, int64_t k0, int kc)>;
 
 // panel[k * W + r] = block(r, k), zero for r in [rows, W).
-template <int W, class E> void pack(Block<E> block, int rows, int kc, E* panel) {
+template <int W, class E> bool pack(Block<E> block, int rows, int kc, E* panel) {
     constexpr int L = VL<E>;
     if (block.rs == 1) {
         for (int k = 0; k < kc; k++)
             for (int r = 0; r < W; r += L)
                 store(panel + k * W + r, load(block.p + k * block.ks + r, std::max(rows - r, 0)), W - r);
-        return;
+        return true;
     }
     for (int k = 0; k < kc; k += L)
         for (int r = 0; r < W; r += L) {
@@ -78,6 +88,7 @@ template <int W, class E> void pack(Block<E> block, int rows, int kc, E* panel) 
             transpose(square);
             for (int i = 0; i < std::min(L, kc - k); i++) store(panel + (k + i) * W + r, square[i], W - r);
         }
+    return true;
 }
 
 // ---- the micro-kernel: an MR x NR tile from one panel of A and one of B --------------------------------------------------------------
@@ -86,18 +97,20 @@ template <class E> struct Fma {
     using Element = E;
     using Sum = E;
     static constexpr int MR = ::MR, NR = NV * VL<E>;
-    static constexpr int KC = 1024 / sizeof(E), MC = 24 * MR, NC = 64 * VL<E>;
+    static constexpr int KC = 1536 / sizeof(E), MC = 8 * MR, NC = 64 * VL<E>;
 
-    static int64_t panel(int width, int kc) { return int64_t(width) * kc; }
-    static void pack_a(Block<E> block, int rows, int kc, E* panel) { pack<MR>(block, rows, kc, panel); }
-    static void pack_b(Block<E> block, int columns, int kc, E* panel) { pack<NR>(block, columns, kc, panel); }
+    struct Session {};  // set up once per rectangle; AMX has something to do there
+    static int64_t panel(int64_t width, int kc) { return width * kc; }  // elements in a panel
+    // Packing says whether this micro-kernel can multiply what it read; the vector units take every number.
+    static bool pack_a(Block<E> block, int rows, int kc, E* panel) { return pack<MR>(block, rows, kc, panel); }
+    static bool pack_b(Block<E> block, int columns, int kc, E* panel) { return pack<NR>(block, columns, kc, panel); }
     static constexpr bool writes_exactly(int) { return true; }  // the tile touches only the rows it was asked for
 
-    template <int R> static void tile_of(int kc, const E* a, const E* b, E* c, int64_t ldc, bool add) {
+    template <int R> static void tile_of(int kc, const E* a, const E* b, int64_t ldb, E* c, int64_t ldc, bool add) {
         vec<E> acc[R][NV] = {};
         for (int i = 0; i < R; i++)
             for (int j = 0; j < NV; j++) __builtin_prefetch(c + i * ldc + j * VL<E>, 1);
-        for (int k = 0; k < kc; k++, a += MR, b += NR) {
+        for (int k = 0; k < kc; k++, a += MR, b += ldb) {
             vec<E> bk[NV];
 #pragma GCC unroll 8
             for (int j = 0; j < NV; j++) bk[j] = load(b + j * VL<E>);
@@ -118,9 +131,12 @@ template <class E> struct Fma {
         static constexpr decltype(&tile_of<1>) table[] = {&tile_of<R + 1>...};
         return table[rows - 1];
     }
-    // c[rows, NR] (+)= A panel * B panel
-    static void tile(int rows, int kc, const E* a, const E* b, E* c, int64_t ldc, bool add) {
-        tile_for(rows, std::make_integer_sequence<int, MR>{})(kc, a, b, c, ldc, add);
+    // c[rows, NR] (+)= A panel * B, where row k of B starts at b + k * ldb
+    static void tile(int rows, int kc, const E* a, const E* b, int64_t ldb, E* c, int64_t ldc, bool add) {
+        tile_for(rows, std::make_integer_sequence<int, MR>{})(kc, a, b, ldb, c, ldc, add);
+    }
+    static void tile(int rows, int, int kc, const E* a, const E* b, E* c, int64_t ldc, bool add) {
+        tile(rows, kc, a, b, NR, c, ldc, add);
     }
 };
 
@@ -143,80 +159,108 @@ template <class Micro> struct Gemm {
     Sum* sums = nullptr;  // where partial sums wait between blocks of K: the output itself where it has this type, [M][ld_sums]
     int64_t ld_sums = 0;
 
-    // Run one tile: partial sums come from and go to `home`, of `width` valid columns; a tile that does not fit there runs in `spare`.
-    void one_tile(const E* a, const E* b, int kc, bool first, bool last, int64_t m, int64_t n, int rows, int columns, Sum* home, int64_t ld,
-                  bool fits) const {
-        alignas(64) Sum spare[MR * NR];
-        Sum* c = home;
-        int64_t ldc = ld;
-        if (!fits) {
-            c = spare, ldc = NR;
-            if (!first)
-                for (int i = 0; i < rows; i++)
-                    for (int j = 0; j < columns; j += VL<Sum>) store(c + i * NR + j, load(home + i * ld + j, columns - j));
-        }
-        Micro::tile(rows, kc, a, b, c, ldc, !first);
-        if (last) return epilogue({c, ldc, m, n, rows, columns});
-        if (!fits)
-            for (int i = 0; i < rows; i++)
-                for (int j = 0; j < columns; j += VL<Sum>) store(home + i * ld + j, load(c + i * NR + j), columns - j);
-    }
+    struct Part {  // what is packed at a time: rows [m0, m1) of A and columns [n0, n1) of B for k in [k0, k1)
+        int64_t m0, m1, n0, n1, k0, k1;
+        E *a, *b;
+        E* a_panel(int64_t m, int64_t k) const { return a + (m - m0) / MR * Micro::panel(MR, k1 - k0) + Micro::panel(MR, k - k0); }
+        E* b_panel(int64_t n, int64_t k) const { return b + (n - n0) / NR * Micro::panel(NR, k1 - k0) + Micro::panel(NR, k - k0); }
+    };
 
-    // The rectangle [m0, m1) x [n0, n1) of C, on one thread.
-    void rectangle(int64_t m0, int64_t m1, int64_t n0, int64_t n1) const {
-        E* a_panels = scratch<E, 0>(Micro::panel(round_up(std::min<int64_t>(MC, m1 - m0), MR), KC));
-        E* b_panels = scratch<E, 1>(Micro::panel(round_up(std::min<int64_t>(NC, n1 - n0), NR), KC));
-        for (int64_t jc = n0; jc < n1; jc += NC) {
-            int64_t nc = std::min<int64_t>(NC, n1 - jc), ld = sums ? ld_sums : round_up(nc, NR);
-            Sum* partial = sums ? sums + jc : K > KC ? scratch<Sum, 2>((m1 - m0) * ld) - m0 * ld : nullptr;
-            for (int64_t pc = 0; pc == 0 || pc < K; pc += KC) {
-                int kc = std::min<int64_t>(KC, K - pc);
-                bool first = pc == 0, last = pc + KC >= K;
-                for (int64_t j = 0; j < nc; j += NR) {
-                    int columns = std::min<int64_t>(NR, nc - j);
-                    Micro::pack_b(B(jc + j, columns, pc, kc), columns, kc, b_panels + Micro::panel(j, kc));
-                }
-                for (int64_t ic = m0; ic < m1; ic += MC) {
-                    int64_t mc = std::min<int64_t>(MC, m1 - ic);
-                    for (int64_t i = 0; i < mc; i += MR) {
-                        int rows = std::min<int64_t>(MR, mc - i);
-                        Micro::pack_a(A(ic + i, rows, pc, kc), rows, kc, a_panels + Micro::panel(i, kc));
-                    }
-                    for (int64_t j = 0; j < nc; j += NR)
-                        for (int64_t i = 0; i < mc; i += MR) {
-                            int rows = std::min<int64_t>(MR, mc - i), columns = std::min<int64_t>(NR, nc - j);
-                            bool fits = partial && (columns == NR || !sums) && Micro::writes_exactly(rows);
-                            one_tile(a_panels + Micro::panel(i, kc), b_panels + Micro::panel(j, kc), kc, first, last, ic + i, jc + j, rows,
-                                     columns, partial + (ic + i) * ld + j, ld, fits);
-                        }
-                }
-            }
-        }
-    }
-
-    // A grid of tm x tn rectangles for at most `threads` threads: the one with the least work for its slowest thread, where packing one
-    // element costs as much as PACK multiply-adds.
-    template <class Parallel> void run(int64_t threads, const Parallel& parallel) const {
-        constexpr double PACK = 12, SERIAL = 1 << 18;  // below SERIAL multiply-adds, waking a thread costs more than it saves
+    // Run with at most `threads` threads; parallel(n, body) calls body(begin, end) over parts of [0, n).
+    template <class Parallel> void run(int64_t threads, const Parallel& parallel) {
+        constexpr int64_t PACKED = 8 << 20, DEEP = 8192;  // elements of one operand, and of k, that are packed at a time
         if (M == 0 || N == 0) return;
-        if (double(M) * N * std::max<int64_t>(K, 1) < SERIAL) threads = 1;
-        int64_t blocks_m = (M + MR - 1) / MR, blocks_n = (N + NR - 1) / NR, tm = 1, tn = 1;
+        if (double(M) * N * K < SERIAL) threads = 1;
+        auto each = [&](auto body) {
+            if (threads == 1) return body(0);
+            parallel(threads, [&](int64_t begin, int64_t end) { for (int64_t t = begin; t < end; t++) body(t); });
+        };
+        int64_t deep = std::min(K, DEEP), share = PACKED / std::max<int64_t>(deep, 1);
+        int64_t step_m = round_up(std::min(M, std::max<int64_t>(share, MC)), MR), step_n = round_up(std::min(N, std::max<int64_t>(share, NC)), NR);
+        E *a = scratch<E, 0>(step_m / MR * Micro::panel(MR, deep)), *b = scratch<E, 1>(step_n / NR * Micro::panel(NR, deep));
+        if (!sums && K > deep) sums = scratch<Sum, 4>(M * N), ld_sums = N;
+        std::atomic<bool> good = true;
+        for (int64_t n = 0; n < N && good; n += step_n)
+            for (int64_t k = 0; (k == 0 || k < K) && good; k += deep)
+                for (int64_t m = 0; m < M && good; m += step_m) {
+                    Part part{m, std::min(M, m + step_m), n, std::min(N, n + step_n), k, std::min(K, k + deep), a, b};
+                    each([&](int64_t t) { if (!pack(part, t, threads, m == 0)) good = false; });
+                    if (good) each([&](int64_t t) { multiply(part, t, threads); });
+                }
+        if constexpr (std::is_same_v<E, Sum>)
+            if (!good) Gemm<Fma<E>>{M, N, K, A, B, epilogue, sums, ld_sums}.run(threads, parallel);
+    }
+
+    // Thread t's share of the panels. False where a panel was refused.
+    bool pack(const Part& part, int64_t t, int64_t threads, bool also_b) const {
+        auto share = [&](int64_t begin, int64_t end, int width, const auto& one) {
+            int64_t panels = (end - begin + width - 1) / width;
+            for (int64_t i = panels * t / threads; i < panels * (t + 1) / threads; i++)
+                for (int64_t k = part.k0; k < part.k1; k += KC) {
+                    int64_t r = begin + i * width;
+                    if (!one(r, int(std::min<int64_t>(width, end - r)), k, int(std::min<int64_t>(KC, part.k1 - k)))) return false;
+                }
+            return true;
+        };
+        return share(part.m0, part.m1, MR, [&](int64_t m, int rows, int64_t k, int kc) {
+                   return Micro::pack_a(A(m, rows, k, kc), rows, kc, part.a_panel(m, k));
+               }) && (!also_b || share(part.n0, part.n1, NR, [&](int64_t n, int columns, int64_t k, int kc) {
+                   return Micro::pack_b(B(n, columns, k, kc), columns, kc, part.b_panel(n, k));
+               }));
+    }
+
+    // Thread t's rectangle of C: the threads form the grid that gives the slowest of them the least to compute and to read.
+    void multiply(const Part& part, int64_t t, int64_t threads) const {
+        int64_t blocks_m = (part.m1 - part.m0 + MR - 1) / MR, blocks_n = (part.n1 - part.n0 + NR - 1) / NR, step_m = 0, step_n = 0, columns = 1;
         double best = 1e300;
-        for (int64_t rows = 1; rows <= threads; rows++) {
-            int64_t columns = threads / rows;
-            double m = double((blocks_m + rows - 1) / rows) * MR, n = double((blocks_n + columns - 1) / columns) * NR;
-            double work = m * n + PACK * (m + n);
-            if (work < best) best = work, tm = rows, tn = columns;
+        for (int64_t tm = 1; tm <= threads; tm++) {
+            int64_t tn = threads / tm, m = (blocks_m + tm - 1) / tm * MR, n = (blocks_n + tn - 1) / tn * NR;
+            double work = double(m) * n + 4 * (m + n);
+            if (work < best) best = work, step_m = m, step_n = n, columns = tn;
         }
-        int64_t step_m = (blocks_m + tm - 1) / tm * MR, step_n = (blocks_n + tn - 1) / tn * NR;
-        parallel(tm * tn, [&](int64_t begin, int64_t end) {
-            for (int64_t t = begin; t < end; t++) {
-                int64_t m = t / tn * step_m, n = t % tn * step_n;
-                if (m < M && n < N) rectangle(m, std::min(m + step_m, M), n, std::min(n + step_n, N));
+        int64_t m0 = part.m0 + t / columns * step_m, n0 = part.n0 + t % columns * step_n;
+        int64_t m1 = std::min(part.m1, m0 + step_m), n1 = std::min(part.n1, n0 + step_n);
+        [[maybe_unused]] typename Micro::Session session;
+        for (int64_t n = n0; n < n1; n += NC)
+            for (int64_t m = m0; m < m1; m += MC)  // MC x NC sums stay in the L2 cache until all of k has been added to them
+                for (int64_t k = part.k0; k == part.k0 || k < part.k1; k += KC) block(part, m, std::min(m1, m + MC), n, std::min(n1, n + NC), k);
+    }
+
+    // Add the products of one block of k to C[m0 : m1, n0 : n1].
+    void block(const Part& part, int64_t m0, int64_t m1, int64_t n0, int64_t n1, int64_t k) const {
+        int kc = std::min<int64_t>(KC, part.k1 - k);
+        bool first = k == 0, last = k + kc >= K;
+        int64_t ld = sums ? ld_sums : round_up(n1 - n0, NR);
+        Sum* partial = sums ? sums + m0 * ld + n0 : first && last ? nullptr : scratch<Sum, 2>((m1 - m0) * ld);
+        // One panel stays in L1 while the other passes; where both do (few k), C is written along its rows.
+        bool along_rows = kc < 32;
+        int64_t outer0 = along_rows ? m0 : n0, outer1 = along_rows ? m1 : n1, inner0 = along_rows ? n0 : m0, inner1 = along_rows ? n1 : m1;
+        for (int64_t i = outer0; i < outer1; i += along_rows ? MR : NR)
+            for (int64_t j = inner0; j < inner1; j += along_rows ? NR : MR) {
+                int64_t m = along_rows ? i : j, n = along_rows ? j : i;
+                Tile<Sum> at{partial ? partial + (m - m0) * ld + n - n0 : nullptr, ld, m, n, int(std::min<int64_t>(MR, m1 - m)),
+                             int(std::min<int64_t>(NR, n1 - n))};
+                one_tile(part.a_panel(m, k), part.b_panel(n, k), kc, first, last, at);
             }
-        });
+    }
+
+    // One tile, in place where the partial sums have room for all of it, else by way of `spare`.
+    void one_tile(const E* a, const E* b, int kc, bool first, bool last, const Tile<Sum>& at) const {
+        alignas(64) Sum spare[MR * NR];
+        Sum* home = const_cast<Sum*>(at.p);
+        auto copy = [&](const Sum* from, int64_t from_ld, Sum* to, int64_t to_ld, bool pad) {
+            for (int i = 0; i < at.rows; i++)
+                for (int j = 0; j < at.columns; j += VL<Sum>)
+                    store(to + i * to_ld + j, load(from + i * from_ld + j, at.columns - j), pad ? VL<Sum> : at.columns - j);
+        };
+        if (home && (at.columns == NR || !sums) && Micro::writes_exactly(at.rows)) {
+            Micro::tile(at.rows, at.columns, kc, a, b, home, at.ld, !first);
+            if (last) epilogue(at);
+            return;
+        }
+        if (!first) copy(home, at.ld, spare, NR, true);
+        Micro::tile(at.rows, at.columns, kc, a, b, spare, NR, !first);
+        if (last) epilogue({spare, NR, at.m, at.n, at.rows, at.columns});
+        else copy(spare, NR, home, at.ld, false);
     }
 };
-
-// The micro-kernel for each stored type. Half types are widened while they are read.
-template <class T> using Micro = Fma<compute_t<T>>;

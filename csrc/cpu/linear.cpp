@@ -5,13 +5,19 @@
 //   dweight   C[n,k] = sum_m dz[m,n] x[m,k]       A reads dz transposed, on the fly
 //   dbias     column sums of dz
 #include "activation.h"
-#include "gemm.h"
+#include "gemm_bf16.h"
+#include "gemm_thin.h"
 #include "op.h"
 
 namespace {
 
 constexpr const char* FORWARD = "linear_forward";
 constexpr const char* BACKWARD = "linear_backward";
+constexpr double PARTS_PAY = 128;  // harmonic size from which splitting numbers into parts costs less than it saves
+// Rows up to which each thin product beats packing; widening half types costs the dot product its lead sooner.
+template <class T> constexpr int64_t DOT_ROWS_MOST = sizeof(T) == 2 ? 16 : 64;
+constexpr int64_t SWEEP_ROWS_MOST = 16;
+template <class T> using element_of = typename micro_for<T, true>::type::Element;
 
 // A matrix in memory: element (i, j) is p[i * rs + j * cs].
 template <class T> struct Matrix {
@@ -47,12 +53,23 @@ template <int Slot, class T, class E> Block<E> read_dz(Activation act, Matrix<T>
     return along_k ? Block<E>{out, ld, 1} : Block<E>{out, 1, ld};
 }
 
-template <class T, class F> void multiply(int64_t M, int64_t N, int64_t K, Reader<typename Micro<T>::Element> A,
-                                          Reader<typename Micro<T>::Element> B, T* out, const F& epilogue) {
-    using Sum = typename Micro<T>::Sum;
-    Gemm<Micro<T>> gemm{M, N, K, A, B, epilogue};
-    if constexpr (std::is_same_v<T, Sum>) gemm.sums = out, gemm.ld_sums = N;
-    gemm.run(threads(), [](int64_t n, const auto& body) { parallel(n, body); });
+// How the thin products spread over the threads.
+inline auto split(int64_t M, int64_t N, int64_t K) {
+    bool serial = double(M) * N * K < SERIAL;
+    return [=](int64_t n, const auto& body) { serial ? body(0, n) : parallel(n, body); };
+}
+
+// out = epilogue(A B), by the micro-kernel that suits the type and the size.
+template <class T, class FA, class FB, class F>
+void multiply(int64_t M, int64_t N, int64_t K, const FA& A, const FB& B, T* out, const F& epilogue) {
+    auto run = [&](auto micro) {
+        using Micro = decltype(micro);
+        Gemm<Micro> gemm{M, N, K, A, B, epilogue};
+        if constexpr (std::is_same_v<T, typename Micro::Sum>) gemm.sums = out, gemm.ld_sums = N;
+        gemm.run(threads(), [](int64_t n, const auto& body) { parallel(n, body); });
+    };
+    if (double(M) * N >= PARTS_PAY * (M + N) && K >= 64) run(typename micro_for<T, true>::type{});
+    else run(typename micro_for<T, false>::type{});
 }
 
 // The epilogue of a product without one: store the tile. In place already where the output holds the partial sums.
@@ -63,27 +80,37 @@ template <class T, class Sum> void store_tile(const Tile<Sum>& t, T* out, int64_
 }
 
 template <class T> void forward(Activation act, Matrix<T> x, Matrix<T> weight, const T* bias, T* y, T* z, int64_t M, int64_t N, int64_t K) {
-    using E = typename Micro<T>::Element;
-    using Sum = typename Micro<T>::Sum;
+    using E = element_of<T>;
     auto A = [=](int64_t r0, int rows, int64_t k0, int kc) { return read<3, T, E>(x, r0, rows, k0, kc); };
     auto B = [=](int64_t r0, int rows, int64_t k0, int kc) { return read<3, T, E>(weight, r0, rows, k0, kc); };
-    multiply<T>(M, N, K, A, B, y, [=](const Tile<Sum>& t) {
+    auto epilogue = [=](const auto& t) {
         for (int i = 0; i < t.rows; i++) {
             int64_t at = (t.m + i) * N + t.n;
             act.apply(t.p + i * t.ld, bias ? bias + t.n : nullptr, y + at, z ? z + at : nullptr, t.columns);
         }
-    });
+    };
+    if (M <= DOT_ROWS_MOST<T> && x.cs == 1 && weight.cs == 1)
+        return dot_product(M, N, K, x.p, x.rs, weight.p, weight.rs, epilogue, split(M, N, K));
+    multiply<T>(M, N, K, A, B, y, epilogue);
 }
 
 template <class T> void input_gradient(Activation act, Matrix<T> dy, Matrix<T> saved, Matrix<T> weight, T* dx, int64_t M, int64_t N, int64_t K) {
-    using E = typename Micro<T>::Element;
-    auto A = [=](int64_t r0, int rows, int64_t k0, int kc) { return read_dz<3, T, E>(act, dy, saved, r0, rows, k0, kc); };
-    auto B = [=](int64_t r0, int rows, int64_t k0, int kc) { return read<3, T, E>(weight.transposed(), r0, rows, k0, kc); };
-    multiply<T>(M, K, N, A, B, dx, [=](const auto& t) { store_tile(t, dx, K); });
+    auto product = [=](auto element, const auto& run) {
+        using E = decltype(element);
+        run([=](int64_t r0, int rows, int64_t k0, int kc) { return read_dz<3, T, E>(act, dy, saved, r0, rows, k0, kc); },
+            [=](int64_t r0, int rows, int64_t k0, int kc) { return read<3, T, E>(weight.transposed(), r0, rows, k0, kc); },
+            [=](const auto& t) { store_tile(t, dx, K); });
+    };
+    if (M <= SWEEP_ROWS_MOST && weight.cs == 1)
+        product(compute_t<T>{}, [=](auto A, auto B, auto epilogue) {
+            sweep_product<compute_t<T>>(M, K, N, A, B, epilogue, split(M, N, K));
+        });
+    else
+        product(element_of<T>{}, [=](auto A, auto B, auto epilogue) { multiply<T>(M, K, N, A, B, dx, epilogue); });
 }
 
 template <class T> void weight_gradient(Activation act, Matrix<T> dy, Matrix<T> saved, Matrix<T> x, T* dweight, int64_t M, int64_t N, int64_t K) {
-    using E = typename Micro<T>::Element;
+    using E = element_of<T>;
     auto A = [=](int64_t r0, int rows, int64_t k0, int kc) {
         return read_dz<3, T, E>(act, dy.transposed(), saved.transposed(), r0, rows, k0, kc);
     };

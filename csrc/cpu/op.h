@@ -14,6 +14,9 @@
 #include <string>
 
 #include "simd.h"
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 using Tensor = torch::stable::Tensor;
 using torch::headeronly::ScalarType;
@@ -55,8 +58,16 @@ inline const Tensor& ranked(const char* op, const char* name, const Tensor& t, i
     return t;
 }
 
+// An uninitialised tensor of this shape. The system maps a fresh large one page by page as it is first written; we ask for large pages.
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape) {
-    return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), like.scalar_type());
+    Tensor t = torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), like.scalar_type());
+#ifdef MADV_HUGEPAGE
+    constexpr uintptr_t PAGE = 2 << 20;
+    uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr()), end = begin + t.numel() * t.element_size();
+    begin = (begin + PAGE - 1) / PAGE * PAGE, end = end / PAGE * PAGE;
+    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+    return t;
 }
 
 inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }

@@ -16,11 +16,11 @@
 #endif
 
 #if defined(__AVX512F__)
-constexpr int VECTOR_BYTES = 64, MR = 14, NV = 2;  // register tile: 28 accumulators + 2 of B + 1 of A, of 32 registers
+constexpr int VECTOR_BYTES = 64, MR = 14, NV = 2, DOT_ROWS = 4;  // register tile: 28 accumulators + 2 of B + 1 of A, of 32 registers
 #elif defined(__AVX2__)
-constexpr int VECTOR_BYTES = 32, MR = 6, NV = 2;   // 12 + 2 + 1, of 16
+constexpr int VECTOR_BYTES = 32, MR = 6, NV = 2, DOT_ROWS = 2;   // 12 + 2 + 1, of 16
 #else
-constexpr int VECTOR_BYTES = 16, MR = 6, NV = 2;
+constexpr int VECTOR_BYTES = 16, MR = 6, NV = 2, DOT_ROWS = 2;
 #endif
 
 struct bf16 { uint16_t bits; };  // the upper half of a float
@@ -60,6 +60,7 @@ template <class V, class T> inline V load_raw(const T* p, int n) {
     if constexpr (sizeof(V) == 64 && sizeof(T) == 4) return bits_as<V>(_mm512_maskz_loadu_epi32((1u << n) - 1, p));
     if constexpr (sizeof(V) == 64 && sizeof(T) == 8) return bits_as<V>(_mm512_maskz_loadu_epi64((1u << n) - 1, p));
     if constexpr (sizeof(V) == 32 && sizeof(T) == 2) return bits_as<V>(_mm256_maskz_loadu_epi16((1u << n) - 1, p));
+    if constexpr (sizeof(V) == 64 && sizeof(T) == 2) return bits_as<V>(_mm512_maskz_loadu_epi16((1ull << n) - 1, p));
 #endif
     V v{};
     memcpy(&v, p, n * sizeof(T));
@@ -149,3 +150,51 @@ template <int S = 1, class V, int n> inline void transpose(V (&row)[n]) {
         transpose<2 * S>(row);
     }
 }
+
+// ---- products of bf16 pairs: a 32-bit lane holds k (low half) and k + 1 (high half) of one row ---------------------------------------
+
+typedef vec<uint32_t> pairs;
+
+#if defined(__AVX512BF16__)
+constexpr bool HAS_PAIR_DOT = true;
+inline vec<float> dot_pairs(vec<float> acc, pairs a, pairs b) {
+    return bits_as<vec<float>>(_mm512_dpbf16_ps(bits_as<__m512>(acc), bits_as<__m512bh>(a), bits_as<__m512bh>(b)));
+}
+#else
+constexpr bool HAS_PAIR_DOT = false;
+inline vec<float> dot_pairs(vec<float> acc, pairs a, pairs b) {
+    return acc + bits_as<vec<float>>(a << 16) * bits_as<vec<float>>(b << 16) +
+           bits_as<vec<float>>(a & 0xffff0000u) * bits_as<vec<float>>(b & 0xffff0000u);
+}
+#endif
+
+// The tile registers of AMX: eight of 16 rows x 64 bytes. tile_dot: C[16][16] += A[16 rows][16 pairs] B[16 pairs][16 columns].
+#if defined(__AMX_BF16__)
+constexpr bool HAS_TILES = true;
+struct TileSession {  // the tiles are configured while one of these lives
+    TileSession() {
+        struct alignas(64) {
+            uint8_t palette = 1, start_row = 0, reserved[14] = {};
+            uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+            uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+        } config;
+        asm volatile("ldtilecfg %0" ::"m"(config));
+    }
+    ~TileSession() { asm volatile("tilerelease"); }
+};
+template <int T> inline void tile_zero() { asm volatile("tilezero %%tmm%c0" ::"i"(T)); }
+template <int T> inline void tile_load(const void* p, int64_t row_bytes) {
+    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(row_bytes), "i"(T) : "memory");
+}
+template <int T> inline void tile_store(void* p, int64_t row_bytes) {
+    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(row_bytes), "i"(T) : "memory");
+}
+template <int C, int A, int B> inline void tile_dot() { asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B)); }
+#else
+constexpr bool HAS_TILES = false;
+struct TileSession {};
+template <int> inline void tile_zero() {}
+template <int> inline void tile_load(const void*, int64_t) {}
+template <int> inline void tile_store(void*, int64_t) {}
+template <int, int, int> inline void tile_dot() {}
+#endif
