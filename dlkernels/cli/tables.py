@@ -100,6 +100,6 @@ def _missing(data: Mapping[str, Any]) -> list[Text]:
     if data["skipped"]:
         measured = sum(row["provider"] == "all" for row in data["skipped"])
         compiled = len(data["skipped"]) - measured
-        parts = [f"{measured} cases in all" if measured else "", f"torch.compile in {compiled} cases" if compiled else ""]
-        lines.append(Text(f"Left out for time: {' and '.join(filter(None, parts))}. --full measures everything.", style="yellow"))
+        parts = [f"cases: {measured}" if measured else "", f"torch.compile: {compiled}" if compiled else ""]
+        lines.append(Text(f"Left out for time ({', '.join(filter(None, parts))}). --full measures everything.", style="yellow"))
     return [Text(), *lines] if lines else []
