@@ -133,7 +133,7 @@ class Comparison:
 
     native: History
     ours: History
-    steps: dict[str, Timing]  # by provider; empty if the comparison was interrupted before
+    steps: dict[str, Timing]  # by provider; empty if the comparison was interrupted before the first sample
     batch: int
 
     def rows(self) -> list[dict[str, Any]]:
@@ -163,14 +163,20 @@ def compare(
         native = Run(spec, torch.nn, torch.optim, seed, epochs, device, torch.float32)
         ours = Run(spec, dlkernels.nn, dlkernels.optim, seed, epochs, device, torch.float32)
         _take_turns([native, ours], epochs, progress)
-        steps = {} if native.history.interrupted else time_steps(spec, device, min_seconds)
+        steps = {}
+        try:
+            if not native.history.interrupted:
+                steps = time_steps(spec, device, min_seconds)
+        except Interrupted as stopped:
+            steps = stopped.timings
+            native.history.interrupted = ours.history.interrupted = True
     return Comparison(native.history, ours.history, steps, len(spec.batch()[0]))
 
 
 def time_steps(spec: ModelSpec, device: torch.device | str = "cpu", min_seconds: float = 1.0) -> dict[str, Timing]:
     """Seconds of one whole training step, native ("eager") and ours ("dlkernels"), sample by sample in turns.
 
-    On the synthetic batch: needs no data set. Ctrl-C returns the finished samples.
+    On the synthetic batch: needs no data set. Raises ``Interrupted``, which carries the finished samples, on Ctrl-C.
     """
     x, y = (t.to(device) for t in spec.batch())
 
@@ -181,10 +187,7 @@ def time_steps(spec: ModelSpec, device: torch.device | str = "cpu", min_seconds:
         return lambda: training_step(model, spec.loss, optimizer, spec.max_norm, x, y)
 
     steps = {"eager": step_of(torch.nn, torch.optim), "dlkernels": step_of(dlkernels.nn, dlkernels.optim)}
-    try:
-        return interleave(steps, min_seconds=min_seconds, min_samples=30, device=device, cold=False)
-    except Interrupted as stopped:
-        return stopped.timings
+    return interleave(steps, min_seconds=min_seconds, min_samples=30, device=device, cold=False)
 
 
 def _take_turns(runs: list[Run], epochs: int, progress: bool) -> None:

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 import dlkernels.nn
+import dlkernels.train
 from dlkernels import data
+from dlkernels.bench.timing import Interrupted
 from dlkernels.models import MODELS, ModelSpec
 from dlkernels.models.mlp import MLP, PlainMLP, linear_relu
 from dlkernels.train import FIRST_STEPS, compare, train
@@ -131,6 +133,18 @@ def test_ctrl_c_keeps_the_finished_epochs() -> None:
     history = train(dataclasses.replace(MODELS["mlp"], loss=impatient), progress=False)
     assert history.interrupted
     assert len(history.train_loss) == len(history.val_accuracy) == 2
+
+
+def test_ctrl_c_while_timing_keeps_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped_at_once(*_: object, **__: object) -> None:
+        raise Interrupted({})
+
+    monkeypatch.setattr(dlkernels.train, "interleave", stopped_at_once)
+    both = compare("mlp", epochs=1, progress=False)
+    assert both.native.interrupted
+    assert both.ours.interrupted
+    assert [len(row["train_loss"]) for row in both.rows()] == [1, 1]
+    assert not any("step" in row for row in both.rows())
 
 
 def test_threads_are_restored() -> None:
