@@ -153,8 +153,9 @@ std::tuple<Tensor, Tensor> linear_forward(Tensor x, Tensor weight, std::optional
     checked(FORWARD, "weight", weight, dtype, {N, K});
     if (bias) checked(FORWARD, "bias", *bias, dtype, {N});
     Activation act = checked_activation(FORWARD, activation, slope);
-    Tensor xs = row_or_column_major(x), ws = row_or_column_major(weight), bs = bias ? dense(*bias) : weight;
     Tensor y = empty(x, {M, N}), z = save ? empty(x, {M, N}) : empty(x, {0});
+    if (M == 0 || N == 0) return {y, z};
+    Tensor xs = row_or_column_major(x), ws = row_or_column_major(weight), bs = bias ? dense(*bias) : weight;
     with_type(FORWARD, dtype, [&](auto type) {
         using T = decltype(type);
         forward<T>(act, matrix<T>(xs), matrix<T>(ws), bias ? static_cast<const T*>(bs.data_ptr()) : nullptr, static_cast<T*>(y.data_ptr()),
@@ -173,12 +174,13 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor dy, Tensor x, Tensor w
     checked(BACKWARD, "dy", dy, dtype, {M, N});
     Activation act = checked_activation(BACKWARD, activation, slope);
     if (act.code != NONE) checked(BACKWARD, "saved", saved, dtype, {M, N});
-    // dz is read along rows of dy and saved together, so both are row-major.
-    Tensor d = dense(dy), s = dense(saved);
-    Tensor xs = row_or_column_major(x), ws = row_or_column_major(weight);
     Tensor dx = need_dx ? empty(x, {M, K}) : empty(x, {0});
     Tensor dweight = need_dweight ? empty(x, {N, K}) : empty(x, {0});
     Tensor dbias = need_dbias ? empty(x, {N}) : empty(x, {0});
+    need_dx = need_dx && M * K > 0, need_dweight = need_dweight && N * K > 0, need_dbias = need_dbias && N > 0;
+    // dz is read along rows of dy and saved together, so both are row-major.
+    Tensor d = dense(dy), s = dense(saved);
+    Tensor xs = need_dweight ? row_or_column_major(x) : x, ws = need_dx ? row_or_column_major(weight) : weight;
     with_type(BACKWARD, dtype, [&](auto type) {
         using T = decltype(type);
         Matrix<T> dm = {static_cast<T*>(d.data_ptr()), N, 1}, sm = {act.code == NONE ? nullptr : static_cast<T*>(s.data_ptr()), N, 1};

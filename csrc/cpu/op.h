@@ -60,7 +60,15 @@ inline const Tensor& ranked(const char* op, const char* name, const Tensor& t, i
 
 // An uninitialised tensor of this shape. The system maps a fresh large one page by page as it is first written; we ask for large pages.
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape) {
-    Tensor t = torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), like.scalar_type());
+    Tensor t = [&] {
+        try {
+            return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), like.scalar_type());
+        } catch (const std::exception&) {
+            std::ostringstream size;
+            for (int64_t n : shape) size << " x " << n;
+            fail("not enough memory for a result of ", size.str().substr(3), " elements of ", like.element_size(), " bytes");
+        }
+    }();
 #ifdef MADV_HUGEPAGE
     constexpr uintptr_t PAGE = 2 << 20;
     uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr()), end = begin + t.numel() * t.element_size();
@@ -70,13 +78,20 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape) {
     return t;
 }
 
-inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+inline Tensor contiguous_copy(const Tensor& t) {
+    try {
+        return torch::stable::contiguous(t);
+    } catch (const std::exception&) {
+        fail("not enough memory for a contiguous copy of a tensor of shape ", shape_text(t));
+    }
+}
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : contiguous_copy(t); }
 
 // The tensor itself where one of its two dimensions is contiguous, else a contiguous copy.
 inline Tensor row_or_column_major(const Tensor& t) {
     int64_t rows = t.size(0), columns = t.size(1), rs = t.stride(0), cs = t.stride(1);
     bool row_major = cs == 1 && (rs >= columns || rows <= 1), column_major = rs == 1 && (cs >= rows || columns <= 1);
-    return row_major || column_major ? t : torch::stable::contiguous(t);
+    return row_major || column_major ? t : contiguous_copy(t);
 }
 
 // body(begin, end) over parts of [0, n) on torch's own threads.

@@ -1,7 +1,7 @@
 r"""linear: y = act(x Wᵀ + b), one product with the bias and the activation applied to each tile before it leaves the cache.
 
 Forward     z[m,n] = Σ_k x[m,k] W[n,k] + b[n]          y = act(z)
-Backward    dz     = dy · act'(z)                       never stored: formed while the products below read it
+Backward    dz     = dy · act'(z)                       formed while the products below read it
             dx[m,k] = Σ_n dz[m,n] W[n,k]
             dW[n,k] = Σ_m dz[m,n] x[m,k]
             db[n]   = Σ_m dz[m,n]
@@ -46,7 +46,18 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
+def _check(x: Tensor, weight: Tensor, **others: tuple[Tensor, tuple[int, ...]]) -> None:
+    """What the kernels check, while a graph is traced."""
+    torch._check(x.dim() == 2 and weight.dim() == 2, lambda: f"x and weight must have 2 dimensions, got {x.dim()} and {weight.dim()}")
+    torch._check(weight.shape[1] == x.shape[1], lambda: f"weight has shape {tuple(weight.shape)}, needs (N, {x.shape[1]}) to fit x")
+    for name, (t, shape) in {"weight": (weight, tuple(weight.shape)), **others}.items():
+        torch._check(t.dtype == x.dtype, lambda name=name, t=t: f"{name} has dtype {t.dtype}, needs {x.dtype} like x")
+        torch._check(t.device == x.device, lambda name=name, t=t: f"{name} is on {t.device}, x on {x.device}")
+        torch._check(t.shape == shape, lambda name=name, t=t, shape=shape: f"{name} has shape {tuple(t.shape)}, needs {shape}")
+
+
 def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None, activation: int, slope: float, save: bool) -> tuple[Tensor, Tensor]:
+    _check(x, weight, **({} if bias is None else {"bias": (bias, (weight.shape[0],))}))
     shape = (x.shape[0], weight.shape[0])
     return x.new_empty(shape), x.new_empty(shape if save else (0,))
 
@@ -54,6 +65,7 @@ def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None, activation: in
 def _backward_fake(
     dy: Tensor, x: Tensor, weight: Tensor, saved: Tensor, activation: int, slope: float, need_dx: bool, need_dweight: bool, need_dbias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check(x, weight, dy=(dy, (x.shape[0], weight.shape[0])))
     return (
         x.new_empty(x.shape if need_dx else (0,)),
         x.new_empty(weight.shape if need_dweight else (0,)),
@@ -135,9 +147,27 @@ def _unsupported(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str |
             return f"{name} is on {t.device} and input on {x.device}"
     if not on_cpu and x.device.type not in ("cuda", "meta"):
         return f"input is on {x.device.type}; kernels run on cpu and cuda"
-    if x.dim() == 0 or weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
-        return f"shapes {', '.join(str(tuple(t.shape)) for t in (x, weight, bias) if t is not None)} are not (*, K), (N, K) and (N,)"
+    if x.dim() == 0 or weight.dim() != 2 or x.shape[-1] != weight.shape[1] or (bias is not None and bias.shape != weight.shape[:1]):
+        return f"{_shapes(x, weight, bias)} do not fit (*, K), (N, K) and (N,)"
     return None
+
+
+def _shapes(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
+    named = (("input", x), ("weight", weight), ("bias", bias))
+    return ", ".join(f"{name} {tuple(t.shape)}" for name, t in named if t is not None)
+
+
+def _without_kernel(reason: str, x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation, slope: float) -> Tensor:
+    """What PyTorch makes of arguments that no kernel takes: its result, or its error with the arguments named."""
+    for name, t in (("input", x), ("weight", weight), ("bias", bias)):
+        if not isinstance(t, Tensor) and not (name == "bias" and t is None):
+            raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
+        if t is not None and t.device != x.device:
+            raise RuntimeError(f"{reason}; all tensors must be on one device")
+    try:
+        return _reference(x, weight, bias, act, slope)
+    except RuntimeError as error:
+        raise RuntimeError(f"linear: {reason}; {error}") from error
 
 
 def linear_act(
@@ -161,11 +191,9 @@ def linear_act(
     act = ACTIVATIONS.get(activation)
     if act is None:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
-    if _unsupported(input, weight, bias) is not None:
-        for name, t in (("input", input), ("weight", weight), ("bias", bias)):
-            if not isinstance(t, Tensor) and not (name == "bias" and t is None):
-                raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
-        return _reference(input, weight, bias, act, negative_slope)
+    reason = _unsupported(input, weight, bias)
+    if reason is not None:
+        return _without_kernel(reason, input, weight, bias, act, negative_slope)
     kind = "cpu" if input.is_cpu else input.device.type
     if kind != "meta" and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
