@@ -156,12 +156,16 @@ template <class E, int PARTS> struct Tiles {
     static bool pack_b(Block<E> block, int columns, int kc, E* panel) { return pack_tiles<false>(block, columns, kc, panel); }
     static constexpr bool writes_exactly(int rows) { return rows == MR; }
 
+    struct Rows {  // where the tiles of A are: a packed panel, or 32 rows of a matrix as it lies
+        const bf16* p;
+        int64_t row_bytes = 64, half = SQUARE, part = 2 * SQUARE, step = PARTS * 2 * SQUARE;
+    };
     // Tiles 0..3 hold C, 4 and 5 a part of A, 6 and 7 a part of B; RT and CT say how many of the two row and column tiles are in use.
-    template <int RT, int CT> static void load_a(const bf16* a, int part) {
-        tile_load<4>(a + (2 * part) * SQUARE, 64);
-        if (RT == 2) tile_load<5>(a + (2 * part + 1) * SQUARE, 64);
+    template <int RT> static void load_a(const Rows& a, int part) {
+        tile_load<4>(a.p + part * a.part, a.row_bytes);
+        if (RT == 2) tile_load<5>(a.p + part * a.part + a.half, a.row_bytes);
     }
-    template <int RT, int CT> static void load_b(const bf16* b, int part) {
+    template <int CT> static void load_b(const bf16* b, int part) {
         tile_load<6>(b + (2 * part) * SQUARE, 64);
         if (CT == 2) tile_load<7>(b + (2 * part + 1) * SQUARE, 64);
     }
@@ -171,7 +175,7 @@ template <class E, int PARTS> struct Tiles {
         if (RT == 2) tile_dot<2, 5, 6>();
         if (RT == 2 && CT == 2) tile_dot<3, 5, 7>();
     }
-    template <int RT, int CT> static void tile_of(int kc, const bf16* a, const bf16* b, float* c, int64_t ldc, bool add) {
+    template <int RT, int CT> static void tile_of(int kc, Rows a, const bf16* b, float* c, int64_t ldc, bool add) {
         int64_t bytes = ldc * sizeof(float);
         if (add) {
             tile_load<0>(c, bytes), tile_load<1>(c + 16, bytes);
@@ -179,30 +183,32 @@ template <class E, int PARTS> struct Tiles {
         } else {
             tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
         }
-        for (int k = 0; k < kc; k += STEP, a += PARTS * 2 * SQUARE, b += PARTS * 2 * SQUARE) {
+        for (int k = 0; k < kc; k += STEP, a.p += a.step, b += PARTS * 2 * SQUARE) {
             if constexpr (PARTS == 3) {  // small terms first, and each step changes one operand
-                load_a<RT, CT>(a, 2), load_b<RT, CT>(b, 0), dot<RT, CT>();
-                load_a<RT, CT>(a, 1), dot<RT, CT>();
-                load_b<RT, CT>(b, 1), dot<RT, CT>();
-                load_a<RT, CT>(a, 0), dot<RT, CT>();
-                load_b<RT, CT>(b, 2), dot<RT, CT>();
-                load_b<RT, CT>(b, 0), dot<RT, CT>();
+                load_a<RT>(a, 2), load_b<CT>(b, 0), dot<RT, CT>();
+                load_a<RT>(a, 1), dot<RT, CT>();
+                load_b<CT>(b, 1), dot<RT, CT>();
+                load_a<RT>(a, 0), dot<RT, CT>();
+                load_b<CT>(b, 2), dot<RT, CT>();
+                load_b<CT>(b, 0), dot<RT, CT>();
             } else if constexpr (PARTS == 2) {
-                load_a<RT, CT>(a, 1), load_b<RT, CT>(b, 1), dot<RT, CT>();
-                load_b<RT, CT>(b, 0), dot<RT, CT>();
-                load_a<RT, CT>(a, 0), dot<RT, CT>();
-                load_b<RT, CT>(b, 1), dot<RT, CT>();
+                load_a<RT>(a, 1), load_b<CT>(b, 1), dot<RT, CT>();
+                load_b<CT>(b, 0), dot<RT, CT>();
+                load_a<RT>(a, 0), dot<RT, CT>();
+                load_b<CT>(b, 1), dot<RT, CT>();
             } else {
-                load_a<RT, CT>(a, 0), load_b<RT, CT>(b, 0), dot<RT, CT>();
+                load_a<RT>(a, 0), load_b<CT>(b, 0), dot<RT, CT>();
             }
         }
         tile_store<0>(c, bytes), tile_store<1>(c + 16, bytes);
         tile_store<2>(c + 16 * ldc, bytes), tile_store<3>(c + 16 * ldc + 16, bytes);
     }
     static void tile(int rows, int columns, int kc, const E* a, const E* b, float* c, int64_t ldc, bool add) {
-        auto *pa = reinterpret_cast<const bf16*>(a), *pb = reinterpret_cast<const bf16*>(b);
+        tile(rows, columns, kc, Rows{reinterpret_cast<const bf16*>(a)}, reinterpret_cast<const bf16*>(b), c, ldc, add);
+    }
+    static void tile(int rows, int columns, int kc, const Rows& a, const bf16* b, float* c, int64_t ldc, bool add) {
         bool tall = rows > 16, wide = columns > 16;
-        (tall ? wide ? tile_of<2, 2> : tile_of<2, 1> : wide ? tile_of<1, 2> : tile_of<1, 1>)(kc, pa, pb, c, ldc, add);
+        (tall ? wide ? tile_of<2, 2> : tile_of<2, 1> : wide ? tile_of<1, 2> : tile_of<1, 1>)(kc, a, b, c, ldc, add);
     }
 };
 

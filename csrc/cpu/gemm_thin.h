@@ -1,10 +1,11 @@
 // The product for a few rows of A (a small batch), where B is read about as often as it is used: packing it would double the work, so
-// both kernels take B as it lies.
+// these kernels take B as it lies.
 //
 //   dot    B's k is contiguous (y = x W^T): vectors run along k; DM x DN running sums, added across their lanes at the end
+//   tiles  the same on AMX: 32 rows of w are the tiles' rows, straight from memory, and the few rows of x their packed columns
 //   sweep  B's columns are contiguous (dx = dz W): a few rows of B at a time sweep over C, which stays in the cache
 #pragma once
-#include "gemm.h"
+#include "gemm_bf16.h"
 
 template <class T> struct Dot {
     using S = compute_t<T>;
@@ -62,6 +63,42 @@ void dot_product(int64_t M, int64_t N, int64_t K, const T* x, int64_t ldx, const
     parallel((N + STRIP - 1) / STRIP, [&](int64_t begin, int64_t end) {
         for (int64_t n = begin * STRIP; n < std::min(N, end * STRIP); n += STRIP)
             Dot<T>::strip(M, n, std::min<int64_t>(STRIP, N - n), K, x, ldx, w, ldw, epilogue);
+    });
+}
+
+// The same for M <= 32 in bf16 on AMX: the tiles compute C transposed, w x^T.
+template <class Epilogue, class Parallel>
+void tile_product(int64_t M, int64_t N, int64_t K, const bf16* x, int64_t ldx, const bf16* w, int64_t ldw, const Epilogue& epilogue,
+                  const Parallel& parallel) {
+    using Micro = Tiles<bf16, 1>;
+    constexpr int W = 32, L = 16;
+    bf16* xs = scratch<bf16, 1>(Micro::panel(W, K));
+    Micro::pack_b({x, ldx, 1}, M, K, xs);
+    int64_t whole = K / Micro::STEP * Micro::STEP;  // the last step, where it is ragged, and the last rows of w go through a panel
+    parallel((N + W - 1) / W, [&](int64_t begin, int64_t end) {
+        [[maybe_unused]] Micro::Session session;
+        bf16* panel = scratch<bf16, 0>(Micro::panel(W, K));
+        for (int64_t n = begin * W; n < std::min(N, end * W); n += W) {
+            alignas(64) float transposed[W * W], sums[W * W];
+            int columns = std::min<int64_t>(W, N - n);
+            int64_t direct = columns == W ? whole : 0;
+            if (direct) {
+                typename Micro::Rows rows{w + n * ldw, ldw * int64_t(sizeof(bf16)), 16 * ldw, 0, Micro::STEP};
+                Micro::tile(W, M, direct, rows, xs, transposed, W, false);
+            }
+            if (direct < K) {
+                Micro::pack_a({w + n * ldw + direct, ldw, 1}, columns, K - direct, panel);
+                Micro::tile(W, M, K - direct, panel, xs + Micro::panel(W, direct), transposed, W, direct > 0);
+            }
+            for (int i = 0; i < W; i += L)
+                for (int j = 0; j < M; j += L) {
+                    vec<float> square[VL<float>];
+                    for (int r = 0; r < L; r++) square[r] = load(transposed + (i + r) * W + j);
+                    transpose(square);
+                    for (int r = 0; r < L; r++) store(sums + (j + r) * W + i, square[r]);
+                }
+            epilogue(Tile<float>{sums, W, 0, n, int(M), columns});
+        }
     });
 }
 

@@ -89,6 +89,9 @@ template <class T> void forward(Activation act, Matrix<T> x, Matrix<T> weight, c
             act.apply(t.p + i * t.ld, bias ? bias + t.n : nullptr, y + at, z ? z + at : nullptr, t.columns);
         }
     };
+    if constexpr (HAS_TILES && std::is_same_v<T, bf16>)
+        if (M <= 32 && K > 0 && x.cs == 1 && weight.cs == 1)
+            return tile_product(M, N, K, x.p, x.rs, weight.p, weight.rs, epilogue, split(M, N, K));
     if (M <= DOT_ROWS_MOST<T> && x.cs == 1 && weight.cs == 1)
         return dot_product(M, N, K, x.p, x.rs, weight.p, weight.rs, epilogue, split(M, N, K));
     multiply<T>(M, N, K, A, B, y, epilogue);
