@@ -1,4 +1,7 @@
-"""torch.nn.functional with our kernels in it: same names, same signatures; what we have no kernel for is torch's own."""
+"""torch.nn.functional with our kernels in it: same names, same signatures; what we have no kernel for is torch's own.
+
+The public functions of every contract (its ``__all__``) are names of this module.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,11 @@ from typing import Any
 
 import torch.nn.functional as _torch
 
-from .ops.linear import linear, linear_act, linear_relu
+from .ops import CONTRACTS
 
-__all__ = ["linear", "linear_act", "linear_relu"]
+_ours = {name: getattr(contract, name) for contract in CONTRACTS for name in contract.__all__}
+globals().update(_ours)
+__all__ = sorted(_ours)
 
 
 def __getattr__(name: str) -> Any:

@@ -6,6 +6,8 @@ import torch
 
 from .. import functional as F
 
+__all__ = ["Linear", "LinearReLU"]
+
 
 class Linear(torch.nn.Linear):
     """``torch.nn.Linear`` (y = x Wᵀ + b) on our kernel. Input ``(*, in_features)``, output ``(*, out_features)``."""

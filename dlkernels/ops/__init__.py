@@ -2,6 +2,6 @@
 
 from importlib import import_module
 from pkgutil import iter_modules
+from types import ModuleType
 
-for _module in iter_modules(__path__):
-    import_module(f"{__name__}.{_module.name}")
+CONTRACTS: list[ModuleType] = [import_module(f"{__name__}.{found.name}") for found in iter_modules(__path__)]

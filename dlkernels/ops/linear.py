@@ -10,7 +10,8 @@ relu, sigmoid and tanh have a derivative that y alone determines, so y is what t
 writes beside y.
 
 Shapes      x (*, K)   weight (N, K)   bias (N,) or None   y (*, N);   * is any number of batch dimensions, M their product
-Work        2MNK flops forward, 4MNK backward; MK + NK + N + MN elements moved forward: the flops decide unless M is small, when reading W does
+Work        2MNK flops forward, 4MNK backward; MK + NK + N + MN elements moved forward, twice that backward: the flops decide unless M is
+            small, when reading W does
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from torch import Tensor
 
 from ..backend import PLAIN_TENSORS, apply_function, define, is_tracing
 from ..registry import FLOATS, Cost, Op, register
+
+__all__ = ["linear", "linear_act", "linear_relu"]
 
 
 class Activation(NamedTuple):
@@ -122,15 +125,17 @@ def _reference_gradients(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation, slope: float, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """The gradients that are needed, as differentiable functions of every argument."""
-    tensors = (x, weight, bias)
+    needed = [i for i, need in enumerate(needs) if need]
 
     def definition(*wanted: Tensor) -> Tensor:
-        given = iter(wanted)
-        return _reference(*(next(given) if need else t for t, need in zip(tensors, needs, strict=True)), act, slope)  # type: ignore[arg-type]
+        arguments: list[Any] = [x, weight, bias]
+        for i, t in zip(needed, wanted, strict=True):
+            arguments[i] = t
+        return _reference(arguments[0], arguments[1], arguments[2], act, slope)
 
-    _, vjp = torch.func.vjp(definition, *(t for t, need in zip(tensors, needs, strict=True) if need))
-    found = iter(vjp(dy))
-    return tuple(next(found) if need else None for need in needs)
+    vjp: Callable[[Tensor], tuple[Tensor, ...]] = torch.func.vjp(definition, *((x, weight, bias)[i] for i in needed))[1]
+    found = dict(zip(needed, vjp(dy), strict=True))
+    return tuple(found.get(i) for i in range(3))
 
 
 def _unsupported(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
@@ -170,6 +175,10 @@ def _without_kernel(reason: str, x: Tensor, weight: Tensor, bias: Tensor | None,
         raise RuntimeError(f"linear: {reason}; {error}") from error
 
 
+def _autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t if t.dtype == torch.float64 else t.to(dtype)
+
+
 def linear_act(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "relu", negative_slope: float = 0.01
 ) -> Tensor:
@@ -197,7 +206,8 @@ def linear_act(
     kind = "cpu" if input.is_cpu else input.device.type
     if kind != "meta" and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
-        input, weight, bias = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (input, weight, bias))
+        input, weight = _autocast(input, dtype), _autocast(weight, dtype)
+        bias = bias if bias is None else _autocast(bias, dtype)
     x = input if input.dim() == 2 else input.reshape(input.shape[:-1].numel(), input.shape[-1])
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
         y = apply_function(_Linear, x, weight, bias, act, negative_slope)
