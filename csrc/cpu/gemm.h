@@ -156,8 +156,7 @@ template <class Micro> struct Gemm {
     int64_t M, N, K;
     Reader<E> A, B;
     function_ref<void(const Tile<Sum>&)> epilogue;
-    Sum* sums = nullptr;  // where partial sums wait between blocks of K: the output itself where it has this type, [M][ld_sums]
-    int64_t ld_sums = 0;
+    Sum* sums = nullptr;  // [M][N]: where partial sums wait when K is too deep to be packed at once; the output itself if it has this type
 
     struct Part {  // what is packed at a time: rows [m0, m1) of A and columns [n0, n1) of B for k in [k0, k1)
         int64_t m0, m1, n0, n1, k0, k1;
@@ -178,7 +177,8 @@ template <class Micro> struct Gemm {
         int64_t deep = std::min(K, DEEP), share = PACKED / std::max<int64_t>(deep, 1);
         int64_t step_m = round_up(std::min(M, std::max<int64_t>(share, MC)), MR), step_n = round_up(std::min(N, std::max<int64_t>(share, NC)), NR);
         E *a = scratch<E, 0>(step_m / MR * Micro::panel(MR, deep)), *b = scratch<E, 1>(step_n / NR * Micro::panel(NR, deep));
-        if (!sums && K > deep) sums = scratch<Sum, 4>(M * N), ld_sums = N;
+        if (K <= deep) sums = nullptr;
+        else if (!sums) sums = scratch<Sum, 4>(M * N);
         std::atomic<bool> good = true;
         for (int64_t n = 0; n < N && good; n += step_n)
             for (int64_t k = 0; (k == 0 || k < K) && good; k += deep)
@@ -188,7 +188,7 @@ template <class Micro> struct Gemm {
                     if (good) each([&](int64_t t) { multiply(part, t, threads); });
                 }
         if constexpr (std::is_same_v<E, Sum>)
-            if (!good) Gemm<Fma<E>>{M, N, K, A, B, epilogue, sums, ld_sums}.run(threads, parallel);
+            if (!good) Gemm<Fma<E>>{M, N, K, A, B, epilogue, sums}.run(threads, parallel);
     }
 
     // Thread t's share of the panels. False where a panel was refused.
@@ -230,8 +230,8 @@ template <class Micro> struct Gemm {
     void block(const Part& part, int64_t m0, int64_t m1, int64_t n0, int64_t n1, int64_t k) const {
         int kc = std::min<int64_t>(KC, part.k1 - k);
         bool first = k == 0, last = k + kc >= K;
-        int64_t ld = sums ? ld_sums : round_up(n1 - n0, NR);
-        Sum* partial = sums ? sums + m0 * ld + n0 : first && last ? nullptr : scratch<Sum, 2>((m1 - m0) * ld);
+        int64_t ld = sums ? N : NC + VL<Sum>;  // rows a power of two apart would compete for the same lines of the cache
+        Sum* partial = sums ? sums + m0 * ld + n0 : first && last ? nullptr : scratch<Sum, 2>(MC * ld);
         // One panel stays in L1 while the other passes; where both do (few k), C is written along its rows.
         bool along_rows = kc < 32;
         int64_t outer0 = along_rows ? m0 : n0, outer1 = along_rows ? m1 : n1, inner0 = along_rows ? n0 : m0, inner1 = along_rows ? n1 : m1;

@@ -14,9 +14,9 @@ namespace {
 constexpr const char* FORWARD = "linear_forward";
 constexpr const char* BACKWARD = "linear_backward";
 constexpr double PARTS_PAY = 128;  // harmonic size from which splitting numbers into parts costs less than it saves
-// Rows up to which each thin product beats packing; widening half types costs the dot product its lead sooner.
-template <class T> constexpr int64_t DOT_ROWS_MOST = sizeof(T) == 2 ? 16 : 64;
-constexpr int64_t SWEEP_ROWS_MOST = 16;
+// Where the thin products beat packing. The dot product's sums across lanes need many k to pay; widening half types costs it its lead sooner.
+template <class T> bool dot_pays(int64_t M, int64_t K) { return M <= 4 || (M <= (sizeof(T) == 2 ? 16 : 64) && K >= 256); }
+constexpr int64_t SWEEP_ROWS = 16;
 template <class T> using element_of = typename micro_for<T, true>::type::Element;
 
 // A matrix in memory: element (i, j) is p[i * rs + j * cs].
@@ -65,7 +65,7 @@ void multiply(int64_t M, int64_t N, int64_t K, const FA& A, const FB& B, T* out,
     auto run = [&](auto micro) {
         using Micro = decltype(micro);
         Gemm<Micro> gemm{M, N, K, A, B, epilogue};
-        if constexpr (std::is_same_v<T, typename Micro::Sum>) gemm.sums = out, gemm.ld_sums = N;
+        if constexpr (std::is_same_v<T, typename Micro::Sum>) gemm.sums = out;
         gemm.run(threads(), [](int64_t n, const auto& body) { parallel(n, body); });
     };
     if (double(M) * N >= PARTS_PAY * (M + N) && K >= 64) run(typename micro_for<T, true>::type{});
@@ -92,7 +92,7 @@ template <class T> void forward(Activation act, Matrix<T> x, Matrix<T> weight, c
     if constexpr (HAS_TILES && std::is_same_v<T, bf16>)
         if (M <= 32 && K > 0 && x.cs == 1 && weight.cs == 1)
             return tile_product(M, N, K, x.p, x.rs, weight.p, weight.rs, epilogue, split(M, N, K));
-    if (M <= DOT_ROWS_MOST<T> && x.cs == 1 && weight.cs == 1)
+    if (dot_pays<T>(M, K) && x.cs == 1 && weight.cs == 1)
         return dot_product(M, N, K, x.p, x.rs, weight.p, weight.rs, epilogue, split(M, N, K));
     multiply<T>(M, N, K, A, B, y, epilogue);
 }
@@ -104,7 +104,7 @@ template <class T> void input_gradient(Activation act, Matrix<T> dy, Matrix<T> s
             [=](int64_t r0, int rows, int64_t k0, int kc) { return read<3, T, E>(weight.transposed(), r0, rows, k0, kc); },
             [=](const auto& t) { store_tile(t, dx, K); });
     };
-    if (M <= SWEEP_ROWS_MOST && weight.cs == 1)
+    if (M <= SWEEP_ROWS && weight.cs == 1)
         product(compute_t<T>{}, [=](auto A, auto B, auto epilogue) {
             sweep_product<compute_t<T>>(M, K, N, A, B, epilogue, split(M, N, K));
         });
