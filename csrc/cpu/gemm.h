@@ -174,7 +174,7 @@ template <class Micro> struct Gemm {
             if (threads == 1) return body(0);
             parallel(threads, [&](int64_t begin, int64_t end) { for (int64_t t = begin; t < end; t++) body(t); });
         };
-        int64_t deep = std::min(K, DEEP), share = PACKED / std::max<int64_t>(deep, 1);
+        int64_t deep = std::max<int64_t>(1, std::min(K, DEEP)), share = PACKED / deep;
         int64_t step_m = round_up(std::min(M, std::max<int64_t>(share, MC)), MR), step_n = round_up(std::min(N, std::max<int64_t>(share, NC)), NR);
         E *a = scratch<E, 0>(step_m / MR * Micro::panel(MR, deep)), *b = scratch<E, 1>(step_n / NR * Micro::panel(NR, deep));
         if (K <= deep) sums = nullptr;
