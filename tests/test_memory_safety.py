@@ -43,8 +43,6 @@ from torch import Tensor
 from dlkernels import OPS
 from dlkernels.registry import Op
 
-pytestmark = pytest.mark.isa
-
 PAGE = mmap.PAGESIZE
 LIBC = ctypes.CDLL(None, use_errno=True)
 HEAP_CHECK = next(iter(sorted(Path("/lib").glob("*/libc_malloc_debug.so*"))), None)
@@ -100,6 +98,7 @@ def test_the_guard_page_is_there() -> None:
         assert child.returncode == -11, child.stderr
 
 
+@pytest.mark.isa
 @isolated
 def test_arguments_between_guard_pages() -> None:
     """Every registered op, dtype, size and a choice of layouts: no fault, the bits of the unguarded call, and inputs left alone."""
@@ -156,6 +155,7 @@ def spoil(arg: Any) -> list[Any]:
     return [*shorter, *longer, *ranks, *types]
 
 
+@pytest.mark.isa
 @pytest.mark.skipif(HEAP_CHECK is None, reason="this C library has no heap check to load (libc_malloc_debug)")
 def test_no_write_behind_an_output() -> None:
     """Forward and backward of everything under the C library's heap check, which aborts when a byte behind an allocation has changed."""
@@ -164,6 +164,10 @@ def test_no_write_behind_an_output() -> None:
         LD_PRELOAD=str(HEAP_CHECK), MALLOC_CHECK_="3", MALLOC_PERTURB_="129",
     )
     assert child.returncode == 0, child.stderr[-4000:]
+
+
+@pytest.mark.skipif(HEAP_CHECK is None, reason="this C library has no heap check to load (libc_malloc_debug)")
+def test_the_heap_check_is_there() -> None:
     spoiled = "import ctypes, torch; x = torch.empty(5); ctypes.c_char.from_address(x.data_ptr() + 20).value = b'x'; del x"
     child = run_child(["-c", spoiled], LD_PRELOAD=str(HEAP_CHECK), MALLOC_CHECK_="3")
     assert child.returncode == -6, "the heap check does not notice a byte written behind a tensor"
@@ -177,6 +181,7 @@ def run_everything() -> None:
                 results(op, op.call, args, cotangents(op, args))
 
 
+@pytest.mark.isa
 @each_op
 @each_dtype
 def test_outputs_do_not_depend_on_what_memory_held(op: Op, dtype: torch.dtype) -> None:
@@ -192,6 +197,7 @@ def test_outputs_do_not_depend_on_what_memory_held(op: Op, dtype: torch.dtype) -
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.isa
 @each_op
 @each_dtype
 def test_arguments_are_left_alone(op: Op, dtype: torch.dtype) -> None:
@@ -215,6 +221,7 @@ def far_apart(t: Tensor, dim: int) -> Tensor:
     return torch.frombuffer(memory, dtype=t.dtype, count=count).as_strided(t.shape, strides).copy_(t)
 
 
+@pytest.mark.isa
 @each_op
 @pytest.mark.parametrize("dtype", DTYPES[:1] if SMALL else [torch.float32, torch.bfloat16], ids=dtype_name)
 def test_offsets_beyond_32_bits(op: Op, dtype: torch.dtype) -> None:
