@@ -29,6 +29,7 @@ DTYPES = [dtype for dtype in FLOATS if not (SMALL and dtype == torch.bfloat16)] 
 
 each_op = pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+each_dtype_if_fast = pytest.mark.parametrize("dtype", DTYPES[:1] if SMALL else DTYPES, ids=dtype_name)
 
 
 def samples(op: Op, most: int = 2500) -> list[Mapping[str, Any]]:
@@ -225,7 +226,7 @@ def isolated(test: Callable[[], None]) -> Callable[[], None]:
 
 
 __all__ = [
-    "DTYPES", "LAYOUTS", "SMALL", "Args", "RawCalls", "Results", "arguments", "as_tuple", "assert_accurate",
-    "assert_same_bits", "cotangents", "differentiable", "dtype_name", "each_dtype", "each_op", "exact_results", "integers", "isolated",
+    "DTYPES", "LAYOUTS", "SMALL", "Args", "RawCalls", "Results", "arguments", "as_tuple", "assert_accurate", "assert_same_bits",
+    "cotangents", "differentiable", "dtype_name", "each_dtype", "each_dtype_if_fast", "each_op", "exact_results", "integers", "isolated",
     "label", "largest", "map_tensors", "middle", "moderate", "raw_calls", "results", "run_child", "samples", "threads",
 ]

@@ -21,6 +21,7 @@ from support import (
     cotangents,
     differentiable,
     each_dtype,
+    each_dtype_if_fast,
     each_op,
     exact_results,
     integers,
@@ -108,7 +109,7 @@ def check_by_differences(op: Op, check: Callable[..., bool]) -> None:
 
 @pytest.mark.isa
 @each_op
-@each_dtype
+@each_dtype_if_fast
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_layouts(op: Op, dtype: torch.dtype, layout: Any) -> None:
     """Each argument in turn, then dy, then all of them, laid out unusually."""
@@ -127,7 +128,7 @@ NONFINITE = (float("nan"), float("inf"), float("-inf"))
 
 @pytest.mark.isa
 @each_op
-@each_dtype
+@each_dtype_if_fast
 def test_nan_and_inf_propagate(op: Op, dtype: torch.dtype) -> None:
     """A single NaN or infinity at the start, in the middle or at the end of an argument, or of dy, reaches the places that it should."""
     args = moderate(op, middle(op), dtype)
