@@ -86,6 +86,12 @@ def cotangents(op: Op, args: Args, integer: bool = False) -> Args:
     return tuple(torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype) for y in ys)
 
 
+def example(op: Op, dtype: torch.dtype = torch.float32) -> tuple[Args, Args]:
+    """Arguments of ``op`` at a middle size, and a dy."""
+    args = arguments(op, middle(op), dtype)
+    return args, cotangents(op, args)
+
+
 def results(op: Op, function: Callable[..., Any], args: Args, dys: Args) -> Results:
     """``function``'s outputs and gradients by name: "y", "dx", "dweight", ... The leaves keep the strides of ``args``."""
     leaves = map_tensors(lambda t: t.detach().requires_grad_(), args)
@@ -226,7 +232,34 @@ def isolated(test: Callable[[], None]) -> Callable[[], None]:
 
 
 __all__ = [
-    "DTYPES", "LAYOUTS", "SMALL", "Args", "RawCalls", "Results", "arguments", "as_tuple", "assert_accurate", "assert_same_bits",
-    "cotangents", "differentiable", "dtype_name", "each_dtype", "each_dtype_if_fast", "each_op", "exact_results", "integers", "isolated",
-    "label", "largest", "map_tensors", "middle", "moderate", "raw_calls", "results", "run_child", "samples", "threads",
+    "DTYPES",
+    "LAYOUTS",
+    "SMALL",
+    "Args",
+    "RawCalls",
+    "Results",
+    "arguments",
+    "as_tuple",
+    "assert_accurate",
+    "assert_same_bits",
+    "cotangents",
+    "differentiable",
+    "dtype_name",
+    "each_dtype",
+    "each_dtype_if_fast",
+    "each_op",
+    "exact_results",
+    "example",
+    "integers",
+    "isolated",
+    "label",
+    "largest",
+    "map_tensors",
+    "middle",
+    "moderate",
+    "raw_calls",
+    "results",
+    "run_child",
+    "samples",
+    "threads",
 ]
