@@ -68,7 +68,8 @@ def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None, activation: in
 def _backward_fake(
     dy: Tensor, x: Tensor, weight: Tensor, saved: Tensor, activation: int, slope: float, need_dx: bool, need_dweight: bool, need_dbias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(x, weight, dy=(dy, (x.shape[0], weight.shape[0])))
+    shape = (x.shape[0], weight.shape[0])
+    _check(x, weight, dy=(dy, shape), **({"saved": (saved, shape)} if activation else {}))
     return (
         x.new_empty(x.shape if need_dx else (0,)),
         x.new_empty(weight.shape if need_dweight else (0,)),
