@@ -156,7 +156,7 @@ std::tuple<Tensor, Tensor> linear_forward(Tensor x, Tensor weight, std::optional
     checked(FORWARD, "weight", weight, dtype, {N, K});
     if (bias) checked(FORWARD, "bias", *bias, dtype, {N});
     Activation act = checked_activation(FORWARD, activation, slope);
-    Tensor y = empty(x, {M, N}), z = save ? empty(x, {M, N}) : empty(x, {0});
+    Tensor y = empty(x, {M, N}), z = save ? empty(x, {M, N}) : Tensor();
     if (M == 0 || N == 0) return {y, z};
     Tensor xs = row_or_column_major(x), ws = row_or_column_major(weight), bs = bias ? dense(*bias) : weight;
     with_type(FORWARD, dtype, [&](auto type) {
@@ -167,7 +167,7 @@ std::tuple<Tensor, Tensor> linear_forward(Tensor x, Tensor weight, std::optional
     return {y, z};
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor saved, int64_t activation, double slope,
+std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor dy, Tensor x, Tensor weight, std::optional<Tensor> saved, int64_t activation, double slope,
                                                    bool need_dx, bool need_dweight, bool need_dbias) {
     ranked(BACKWARD, "x", x, 2), ranked(BACKWARD, "weight", weight, 2);
     int64_t M = x.size(0), K = x.size(1), N = weight.size(0);
@@ -176,13 +176,13 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor dy, Tensor x, Tensor w
     checked(BACKWARD, "weight", weight, dtype, {N, K});
     checked(BACKWARD, "dy", dy, dtype, {M, N});
     Activation act = checked_activation(BACKWARD, activation, slope);
-    if (act.code != NONE) checked(BACKWARD, "saved", saved, dtype, {M, N});
-    Tensor dx = need_dx ? empty(x, {M, K}) : empty(x, {0});
-    Tensor dweight = need_dweight ? empty(x, {N, K}) : empty(x, {0});
-    Tensor dbias = need_dbias ? empty(x, {N}) : empty(x, {0});
+    if (act.code != NONE && !saved) fail(BACKWARD, ": saved is None, needs what linear_forward kept for activation ", activation);
+    if (act.code != NONE) checked(BACKWARD, "saved", *saved, dtype, {M, N});
+    Tensor dx = need_dx ? empty(x, {M, K}) : Tensor(), dweight = need_dweight ? empty(x, {N, K}) : Tensor();
+    Tensor dbias = need_dbias ? empty(x, {N}) : Tensor();
     need_dx = need_dx && M * K > 0, need_dweight = need_dweight && N * K > 0, need_dbias = need_dbias && N > 0;
     // dz is read along rows of dy and saved together, so both are row-major.
-    Tensor d = dense(dy), s = dense(saved);
+    Tensor d = dense(dy), s = act.code == NONE ? d : dense(*saved);
     Tensor xs = need_dweight ? row_or_column_major(x) : x, ws = need_dx ? row_or_column_major(weight) : weight;
     with_type(BACKWARD, dtype, [&](auto type) {
         using T = decltype(type);

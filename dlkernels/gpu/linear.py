@@ -137,17 +137,17 @@ def separate_pass(activation: int, M: int, N: int, K: int, need_dweight: bool, n
     return bool(activation or need_dbias) and M * N >= 1 << 18 and K > 1024
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: int, slope: float, save: bool) -> tuple[Tensor, Tensor]:
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: int, slope: float, save: bool) -> tuple[Tensor, Tensor | None]:
     """Launcher of ``linear_forward``; shapes and errors as the op's contract says."""
     M, K, N = _check(x, weight, activation)
     if bias is not None:
         check_tensor("bias", bias, x, (N,))
-    y, z = x.new_empty(M, N), x.new_empty((M, N) if save else (0,))
+    y, z = x.new_empty(M, N), x.new_empty(M, N) if save else None
     if y.numel() == 0:
         return y, z
     mode = precision(x.dtype)
     c = choose("forward", kind_of(x.dtype, mode), M, N, K, device_of(x))
-    run_forward(c, x, weight, None if bias is None else bias.contiguous(), y, z if save else None, activation, slope)
+    run_forward(c, x, weight, None if bias is None else bias.contiguous(), y, z, activation, slope)
     return y, z
 
 
@@ -169,28 +169,32 @@ def run_forward(
 
 
 def backward(
-    dy: Tensor, x: Tensor, weight: Tensor, saved: Tensor, activation: int, slope: float, need_dx: bool, need_dweight: bool, need_dbias: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    dy: Tensor, x: Tensor, weight: Tensor, saved: Tensor | None, activation: int, slope: float, need_dx: bool, need_dweight: bool,
+    need_dbias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Launcher of the backward kernels; shapes and errors as the op's contract says."""
     M, K, N = _check(x, weight, activation)
     check_tensor("dy", dy, x, (M, N))
+    kept = None
     if activation:
+        if saved is None:
+            raise RuntimeError(f"saved is None, needs what linear_forward kept for activation {activation}")
         check_tensor("saved", saved, x, (M, N))
-    kept = saved.contiguous() if activation else None
-    dx = x.new_empty((M, K) if need_dx else (0,))
-    dweight = x.new_empty((N, K) if need_dweight else (0,))
-    dbias = x.new_empty((N,) if need_dbias else (0,))
-    to_sum = dbias if need_dbias and N else None
+        kept = saved.contiguous()
+    dx = x.new_empty(M, K) if need_dx else None
+    dweight = x.new_empty(N, K) if need_dweight else None
+    dbias = x.new_empty(N) if need_dbias else None
+    to_sum = dbias if N else None
     if separate_pass(activation, M, N, K, need_dweight, need_dbias):
-        products = bool(activation) and max(dx.numel(), dweight.numel()) > 0
+        products = bool(activation) and any(t is not None and t.numel() for t in (dx, dweight))
         dz = dy.new_empty(M, N) if products else None
         run_activation(dy, kept, dz, to_sum, activation, slope)
         dy, kept, activation, to_sum = (dy, kept, activation, None) if dz is None else (dz, None, 0, None)
     kind, device = kind_of(x.dtype, precision(x.dtype)), device_of(x)
-    if dx.numel():
+    if dx is not None and dx.numel():
         name = "dx formed" if activation else "dx"
         run_dx(choose(name, kind, M, K, N, device), dy, kept, weight, dx, activation, slope)
-    if dweight.numel():
+    if dweight is not None and dweight.numel():
         name = "dweight" if activation == 0 and to_sum is None else "dweight formed"
         run_dweight(choose(name, kind, N, K, M, device), dy, kept, x, dweight, to_sum, activation, slope)
     return dx, dweight, dbias

@@ -29,6 +29,9 @@ from ..registry import FLOATS, Cost, Op, register
 __all__ = ["linear", "linear_act", "linear_relu"]
 
 
+Optionals = tuple[Tensor | None, ...]  # what was not asked for is None
+
+
 class Activation(NamedTuple):
     """``code`` is what the kernels switch on; ``keeps`` is what the backward needs: "z", "y" or nothing."""
 
@@ -59,21 +62,22 @@ def _check(x: Tensor, weight: Tensor, **others: tuple[Tensor, tuple[int, ...]]) 
         torch._check(t.shape == shape, lambda name=name, t=t, shape=shape: f"{name} has shape {tuple(t.shape)}, needs {shape}")
 
 
-def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None, activation: int, slope: float, save: bool) -> tuple[Tensor, Tensor]:
+def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None, activation: int, slope: float, save: bool) -> Optionals:
     _check(x, weight, **({} if bias is None else {"bias": (bias, (weight.shape[0],))}))
     shape = (x.shape[0], weight.shape[0])
-    return x.new_empty(shape), x.new_empty(shape if save else (0,))
+    return x.new_empty(shape), x.new_empty(shape) if save else None
 
 
 def _backward_fake(
-    dy: Tensor, x: Tensor, weight: Tensor, saved: Tensor, activation: int, slope: float, need_dx: bool, need_dweight: bool, need_dbias: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    dy: Tensor, x: Tensor, weight: Tensor, saved: Tensor | None, activation: int, slope: float, need_dx: bool, need_dweight: bool,
+    need_dbias: bool,
+) -> Optionals:  # fmt: skip
     shape = (x.shape[0], weight.shape[0])
-    _check(x, weight, dy=(dy, shape), **({"saved": (saved, shape)} if activation else {}))
+    _check(x, weight, dy=(dy, shape), **({} if saved is None else {"saved": (saved, shape)}))
     return (
-        x.new_empty(x.shape if need_dx else (0,)),
-        x.new_empty(weight.shape if need_dweight else (0,)),
-        x.new_empty((weight.shape[0],) if need_dbias else (0,)),
+        x.new_empty(x.shape) if need_dx else None,
+        x.new_empty(weight.shape) if need_dweight else None,
+        x.new_empty(weight.shape[0]) if need_dbias else None,
     )
 
 
@@ -81,7 +85,7 @@ _forward = define(
     "linear_forward(Tensor x, Tensor weight, Tensor? bias, int activation, float slope, bool save) -> (Tensor y, Tensor z)", _forward_fake
 )
 _backward = define(
-    "linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor saved, int activation, float slope, "
+    "linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor? saved, int activation, float slope, "
     "bool need_dx, bool need_dweight, bool need_dbias) -> (Tensor dx, Tensor dweight, Tensor dbias)",
     _backward_fake,
 )
@@ -99,7 +103,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         x, weight, bias, ctx.act, ctx.slope = inputs
-        saved = output
+        saved = output if ctx.act.keeps == "y" else None
         if ctx.act.keeps == "z":
             saved = output[1]
             ctx.mark_non_differentiable(saved)
@@ -111,11 +115,9 @@ class _Linear(torch.autograd.Function):
         if dy is None:
             return None, None, None, None, None
         x, weight, bias, saved = ctx.saved_tensors
-        need_dx, need_dweight, need_dbias = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():  # create_graph=True: differentiate the definition, so that second derivatives exist
             return *_reference_gradients(dy, x, weight, bias, ctx.act, ctx.slope, ctx.needs_input_grad[:3]), None, None
-        dx, dweight, dbias = _backward(dy, x, weight, saved, ctx.act.code, ctx.slope, need_dx, need_dweight, need_dbias)
-        return dx if need_dx else None, dweight if need_dweight else None, dbias if need_dbias else None, None, None
+        return *_backward(dy, x, weight, saved, ctx.act.code, ctx.slope, *ctx.needs_input_grad[:3]), None, None
 
 
 def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation, slope: float) -> Tensor:
@@ -153,7 +155,9 @@ def _unsupported(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str |
             return f"{name} is on {t.device} and input on {x.device}"
     if not on_cpu and x.device.type not in ("cuda", "meta"):
         return f"input is on {x.device.type}; kernels run on cpu and cuda"
-    if x.dim() == 0 or weight.dim() != 2 or x.shape[-1] != weight.shape[1] or (bias is not None and bias.shape != weight.shape[:1]):
+    x_shape, weight_shape = x.shape, weight.shape
+    fits = len(x_shape) > 0 and len(weight_shape) == 2 and x_shape[-1] == weight_shape[1]
+    if not fits or (bias is not None and bias.shape != (weight_shape[0],)):
         return f"{_shapes(x, weight, bias)} do not fit (*, K), (N, K) and (N,)"
     return None
 
