@@ -158,35 +158,44 @@ template <class Micro> struct Gemm {
     function_ref<void(const Tile<Sum>&)> epilogue;
     Sum* sums = nullptr;  // [M][N]: where partial sums wait when K is too deep to be packed at once; the output itself if it has this type
 
-    struct Part {  // what is packed at a time: rows [m0, m1) of A and columns [n0, n1) of B for k in [k0, k1)
-        int64_t m0, m1, n0, n1, k0, k1;
+    struct Rectangle { int64_t m0, m1, n0, n1; };  // C[m0 : m1, n0 : n1]
+    struct Part : Rectangle {                      // what is packed at a time: its rows of A and its columns of B for k in [k0, k1)
+        int64_t k0, k1;
         E *a, *b;
-        E* a_panel(int64_t m, int64_t k) const { return a + (m - m0) / MR * Micro::panel(MR, k1 - k0) + Micro::panel(MR, k - k0); }
-        E* b_panel(int64_t n, int64_t k) const { return b + (n - n0) / NR * Micro::panel(NR, k1 - k0) + Micro::panel(NR, k - k0); }
+        E* a_panel(int64_t m, int64_t k) const { return a + (m - this->m0) / MR * Micro::panel(MR, k1 - k0) + Micro::panel(MR, k - k0); }
+        E* b_panel(int64_t n, int64_t k) const { return b + (n - this->n0) / NR * Micro::panel(NR, k1 - k0) + Micro::panel(NR, k - k0); }
     };
 
     // Run with at most `threads` threads; parallel(n, body) calls body(begin, end) over parts of [0, n).
     template <class Parallel> void run(int64_t threads, const Parallel& parallel) {
         constexpr int64_t PACKED = 8 << 20, DEEP = 8192;  // elements of one operand, and of k, that are packed at a time
+        constexpr int64_t ALONE = 1 << 17;                // elements of both that a thread packs for itself
         if (M == 0 || N == 0) return;
         if (double(M) * N * K < SERIAL) threads = 1;
         auto each = [&](auto body) {
             if (threads == 1) return body(0);
             parallel(threads, [&](int64_t begin, int64_t end) { for (int64_t t = begin; t < end; t++) body(t); });
         };
+        std::atomic<bool> good = true;
         int64_t deep = std::max<int64_t>(1, std::min(K, DEEP)), share = PACKED / deep;
-        int64_t step_m = round_up(std::min(M, std::max<int64_t>(share, MC)), MR), step_n = round_up(std::min(N, std::max<int64_t>(share, NC)), NR);
-        E *a = scratch<E, 0>(step_m / MR * Micro::panel(MR, deep)), *b = scratch<E, 1>(step_n / NR * Micro::panel(NR, deep));
         if (K <= deep) sums = nullptr;
         else if (!sums) sums = scratch<Sum, 4>(M * N);
-        std::atomic<bool> good = true;
-        for (int64_t n = 0; n < N && good; n += step_n)
-            for (int64_t k = 0; (k == 0 || k < K) && good; k += deep)
-                for (int64_t m = 0; m < M && good; m += step_m) {
-                    Part part{m, std::min(M, m + step_m), n, std::min(N, n + step_n), k, std::min(K, k + deep), a, b};
-                    each([&](int64_t t) { if (!pack(part, t, threads, m == 0)) good = false; });
-                    if (good) each([&](int64_t t) { multiply(part, t, threads); });
-                }
+        if ((M + N) * K <= ALONE) {  // each thread packs all that its rectangle reads: waiting for one another would take longer
+            each([&](int64_t t) {
+                Part part = packing(rectangle({0, M, 0, N}, t, threads), 0, K);
+                if (pack(part, 0, 1, true)) multiply(part, part);
+                else good = false;
+            });
+        } else {
+            int64_t step_m = round_up(std::min(M, std::max<int64_t>(share, MC)), MR), step_n = round_up(std::min(N, std::max<int64_t>(share, NC)), NR);
+            for (int64_t n = 0; n < N && good; n += step_n)
+                for (int64_t k = 0; (k == 0 || k < K) && good; k += deep)
+                    for (int64_t m = 0; m < M && good; m += step_m) {
+                        Part part = packing({m, std::min(M, m + step_m), n, std::min(N, n + step_n)}, k, std::min(K, k + deep));
+                        each([&](int64_t t) { if (!pack(part, t, threads, m == 0)) good = false; });
+                        if (good) each([&](int64_t t) { multiply(part, rectangle(part, t, threads)); });
+                    }
+        }
         if constexpr (std::is_same_v<E, Sum>)
             if (!good) Gemm<Fma<E>>{M, N, K, A, B, epilogue, sums}.run(threads, parallel);
     }
@@ -209,21 +218,31 @@ template <class Micro> struct Gemm {
                }));
     }
 
-    // Thread t's rectangle of C: the threads form the grid that gives the slowest of them the least to compute and to read.
-    void multiply(const Part& part, int64_t t, int64_t threads) const {
-        int64_t blocks_m = (part.m1 - part.m0 + MR - 1) / MR, blocks_n = (part.n1 - part.n0 + NR - 1) / NR, step_m = 0, step_n = 0, columns = 1;
+    static Part packing(Rectangle r, int64_t k0, int64_t k1) {
+        int64_t panels_m = round_up(std::max<int64_t>(r.m1 - r.m0, 0), MR) / MR, panels_n = round_up(std::max<int64_t>(r.n1 - r.n0, 0), NR) / NR;
+        return {r, k0, k1, scratch<E, 0>(panels_m * Micro::panel(MR, k1 - k0)), scratch<E, 1>(panels_n * Micro::panel(NR, k1 - k0))};
+    }
+
+    // Thread t's share of C: the threads form the grid that gives the slowest of them the least to compute and to read.
+    static Rectangle rectangle(const Rectangle& c, int64_t t, int64_t threads) {
+        int64_t blocks_m = (c.m1 - c.m0 + MR - 1) / MR, blocks_n = (c.n1 - c.n0 + NR - 1) / NR, step_m = 0, step_n = 0, columns = 1;
         double best = 1e300;
         for (int64_t tm = 1; tm <= threads; tm++) {
             int64_t tn = threads / tm, m = (blocks_m + tm - 1) / tm * MR, n = (blocks_n + tn - 1) / tn * NR;
             double work = double(m) * n + 4 * (m + n);
             if (work < best) best = work, step_m = m, step_n = n, columns = tn;
         }
-        int64_t m0 = part.m0 + t / columns * step_m, n0 = part.n0 + t % columns * step_n;
-        int64_t m1 = std::min(part.m1, m0 + step_m), n1 = std::min(part.n1, n0 + step_n);
+        int64_t m0 = c.m0 + t / columns * step_m, n0 = c.n0 + t % columns * step_n;
+        return {m0, std::min(c.m1, m0 + step_m), n0, std::min(c.n1, n0 + step_n)};
+    }
+
+    // C over one rectangle of a packed part. MC x NC sums stay in the L2 cache until all of k has been added to them.
+    void multiply(const Part& part, const Rectangle& r) const {
         [[maybe_unused]] typename Micro::Session session;
-        for (int64_t n = n0; n < n1; n += NC)
-            for (int64_t m = m0; m < m1; m += MC)  // MC x NC sums stay in the L2 cache until all of k has been added to them
-                for (int64_t k = part.k0; k == part.k0 || k < part.k1; k += KC) block(part, m, std::min(m1, m + MC), n, std::min(n1, n + NC), k);
+        for (int64_t n = r.n0; n < r.n1; n += NC)
+            for (int64_t m = r.m0; m < r.m1; m += MC)
+                for (int64_t k = part.k0; k == part.k0 || k < part.k1; k += KC)
+                    block(part, m, std::min(r.m1, m + MC), n, std::min(r.n1, n + NC), k);
     }
 
     // Add the products of one block of k to C[m0 : m1, n0 : n1].
