@@ -34,6 +34,7 @@ class Op:
         make: ``make(factory, **sample)`` builds the arguments; ``factory(*shape)`` builds one tensor. Every floating-point tensor among
             the arguments is differentiable.
         samples: sizes for tests. bench: the fixed sizes for benchmarks. quick: the short list.
+        tiny: sizes at which the cost of a call decides.
         cost: ``cost(**sample) -> Cost``.
         raw: names of the registered ops ``torch.ops.dlkernels.<raw>`` that do the work.
         supports: the reason why the reference runs for these arguments, or None where a kernel does.
@@ -52,6 +53,7 @@ class Op:
     cost: Callable[..., Cost]
     raw: Sequence[str]
     supports: Callable[..., str | None]
+    tiny: Sequence[Mapping[str, Any]] = ()
     dtypes: Sequence[torch.dtype] = FLOATS
     peers: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 

@@ -7,9 +7,29 @@
 
 enum Code { NONE, RELU, GELU, GELU_TANH, LEAKY_RELU, SIGMOID, TANH, SILU, CODES };
 
+// Far out, where the result would be subnormal, it is 0 at once: numbers below the normal range cost the CPU a hundred cycles each.
+template <class T> constexpr T SIGMOID_TAIL = sizeof(T) == 8 ? 708 : 87;
+template <class T> constexpr T NORMAL_TAIL = sizeof(T) == 8 ? 37 : 12.5;
+
+template <class T> inline vec<T> sigmoid_or_0(vec<T> z) {
+    const vec<T> low = set(-SIGMOID_TAIL<T>), high = set(SIGMOID_TAIL<T>);
+    return z < low ? vec<T>{} : sigmoid<T>(min(high, max(low, z)));  // min and max return their second argument for NaN
+}
+template <class T> inline vec<T> cdf_or_0(vec<T> z) {
+    const vec<T> low = set(-NORMAL_TAIL<T>), high = set(NORMAL_TAIL<T>);
+    return z < low ? vec<T>{} : gauss_cdf<T>(min(high, max(low, z)));
+}
+template <class T> inline vec<T> pdf_or_0(vec<T> z) {
+    const vec<T> high = set(NORMAL_TAIL<T>), t = abs(z);
+    return t > high ? vec<T>{} : gauss_pdf<T>(min(high, t));
+}
+
 struct Activation {
     int code;
     double slope;  // of leaky_relu
+
+    // Evaluating these once for every product that reads dz would cost more than writing dz down.
+    bool costly() const { return code == GELU || code == GELU_TANH || code == SILU; }
 
     // f(value, gradient) with the pair of functions that `code` names; T is float or double.
     template <class T, class F> void with(const F& f) const {
@@ -20,16 +40,16 @@ struct Activation {
             // z < 0 rather than max(z, 0): a NaN passes through
             case RELU: return f([=](V z) { return z < zero ? zero : z; }, [=](V d, V y) { return y <= zero ? zero : d; });
             case LEAKY_RELU: return f([=](V z) { return z > zero ? z : z * a; }, [=](V d, V z) { return z > zero ? d : d * a; });
-            case SIGMOID: return f([](V z) { return sigmoid<T>(z); }, [=](V d, V y) { return d * y * (one - y); });
+            case SIGMOID: return f([](V z) { return sigmoid_or_0<T>(z); }, [=](V d, V y) { return d * y * (one - y); });
             case TANH: return f([](V z) { return tanh<T>(z); }, [=](V d, V y) { return d * (one - y * y); });
             case SILU:
-                return f([](V z) { return z * sigmoid<T>(z); }, [=](V d, V z) {
-                    V s = sigmoid<T>(z);
+                return f([](V z) { return z * sigmoid_or_0<T>(z); }, [=](V d, V z) {
+                    V s = sigmoid_or_0<T>(z);
                     return d * s * (one + z * (one - s));
                 });
             case GELU:
-                return f([](V z) { return z * gauss_cdf<T>(z); }, [](V d, V z) {
-                    return d * (gauss_cdf<T>(z) + z * gauss_pdf<T>(z));
+                return f([](V z) { return z * cdf_or_0<T>(z); }, [](V d, V z) {
+                    return d * (cdf_or_0<T>(z) + z * pdf_or_0<T>(z));
                 });
             case GELU_TANH: {  // z/2 (1 + tanh u),  u = sqrt(2/pi) (z + 0.044715 z^3)
                 const V c = set(T(0.79788456080286535588)), d = set(T(0.044715));

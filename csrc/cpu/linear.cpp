@@ -3,7 +3,7 @@
 //   forward   C[m,n] = sum_k x[m,k] W[n,k]        epilogue: + b[n], act, store
 //   dx        C[m,k] = sum_n dz[m,n] W[n,k]       A reads dz = dy * act'(saved) on the fly
 //   dweight   C[n,k] = sum_m dz[m,n] x[m,k]       A reads dz transposed, on the fly
-//   dbias     column sums of dz
+//   dbias     column sums of dz; where act' is costly, the same pass writes dz down and the products read that
 #include "activation.h"
 #include "gemm_bf16.h"
 #include "gemm_thin.h"
@@ -56,7 +56,7 @@ template <int Slot, class T, class E> Block<E> read_dz(Activation act, Matrix<T>
 // How the thin products spread over the threads.
 inline auto split(int64_t M, int64_t N, int64_t K) {
     bool serial = double(M) * N * K < SERIAL;
-    return [=](int64_t n, const auto& body) { serial ? body(0, n) : parallel(n, body); };
+    return [=](int64_t n, const auto& body) { parallel(n, body, serial); };
 }
 
 // out = epilogue(A B), by the micro-kernel that suits the type and the size.
@@ -121,24 +121,26 @@ template <class T> void weight_gradient(Activation act, Matrix<T> dy, Matrix<T> 
     multiply<T>(N, K, M, A, B, dweight, [=](const auto& t) { store_tile(t, dweight, K); });
 }
 
-// Each thread owns a strip of columns and adds its rows in order.
-template <class T> void bias_gradient(Activation act, Matrix<T> dy, Matrix<T> saved, T* dbias, int64_t M, int64_t N) {
+// One pass over dy and saved for whatever is not null: dz = dy * act'(saved), and dbias, its column sums.
+// Each thread owns strips of columns and adds their rows in order.
+template <class T> void activation_gradient(Activation act, Matrix<T> dy, Matrix<T> saved, T* dz, T* dbias, int64_t M, int64_t N) {
     using C = compute_t<T>;
     constexpr int64_t STRIP = 8 * VL<C>;
-    int64_t strips = (N + STRIP - 1) / STRIP;
-    auto body = [&](int64_t begin, int64_t end) {
+    auto strips = [&](int64_t begin, int64_t end) {
         for (int64_t n = begin * STRIP; n < std::min(N, end * STRIP); n += STRIP) {
             int columns = std::min(STRIP, N - n);
-            alignas(64) C sum[STRIP] = {}, dz[STRIP];
+            alignas(64) C sum[STRIP] = {}, row[STRIP];
             for (int64_t m = 0; m < M; m++) {
-                act.gradient(dy.p + m * dy.rs + n, saved.p ? saved.p + m * saved.rs + n : nullptr, dz, columns);
-                for (int j = 0; j < columns; j += VL<C>) store(sum + j, load(sum + j) + load(dz + j));
+                act.gradient(dy.p + m * dy.rs + n, saved.p ? saved.p + m * saved.rs + n : nullptr, row, columns);
+                for (int j = 0; j < columns; j += VL<C>) {
+                    store(sum + j, load(sum + j) + load(row + j));
+                    if (dz) store(dz + m * N + n + j, load(row + j), columns - j);
+                }
             }
-            for (int j = 0; j < columns; j += VL<C>) store(dbias + n + j, load(sum + j), columns - j);
+            for (int j = 0; dbias && j < columns; j += VL<C>) store(dbias + n + j, load(sum + j), columns - j);
         }
     };
-    if (M * N < 1 << 16) body(0, strips);
-    else parallel(strips, body);
+    parallel((N + STRIP - 1) / STRIP, strips, M * N < 1 << 16);
 }
 
 Activation checked_activation(const char* op, int64_t code, double slope) {
@@ -187,9 +189,16 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor dy, Tensor x, Tensor w
     with_type(BACKWARD, dtype, [&](auto type) {
         using T = decltype(type);
         Matrix<T> dm = {static_cast<T*>(d.data_ptr()), N, 1}, sm = {act.code == NONE ? nullptr : static_cast<T*>(s.data_ptr()), N, 1};
+        T* bias_sums = need_dbias ? static_cast<T*>(dbias.data_ptr()) : nullptr;
+        if (act.costly() && need_dx + need_dweight + need_dbias > 1) {
+            d = empty(dy, {M, N});
+            activation_gradient<T>(act, dm, sm, static_cast<T*>(d.data_ptr()), bias_sums, M, N);
+            dm = matrix<T>(d), act.code = NONE;
+        } else if (need_dbias) {
+            activation_gradient<T>(act, dm, sm, nullptr, bias_sums, M, N);
+        }
         if (need_dx) input_gradient<T>(act, dm, sm, matrix<T>(ws), static_cast<T*>(dx.data_ptr()), M, N, K);
         if (need_dweight) weight_gradient<T>(act, dm, sm, matrix<T>(xs), static_cast<T*>(dweight.data_ptr()), M, N, K);
-        if (need_dbias) bias_gradient<T>(act, dm, sm, static_cast<T*>(dbias.data_ptr()), M, N);
     });
     return {dx, dweight, dbias};
 }

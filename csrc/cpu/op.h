@@ -94,9 +94,9 @@ inline Tensor row_or_column_major(const Tensor& t) {
     return row_major || column_major ? t : contiguous_copy(t);
 }
 
-// body(begin, end) over parts of [0, n) on torch's own threads.
-template <class Body> void parallel(int64_t n, const Body& body) {
-    if (n <= 1) return body(0, n);
+// body(begin, end) over parts of [0, n) on torch's own threads, or on this one.
+template <class Body> void parallel(int64_t n, const Body& body, bool serial = false) {
+    if (n <= 1 || serial) return body(0, n);
     torch::stable::parallel_for(0, n, 1, body);
 }
 inline int64_t threads() { return torch::stable::get_num_threads(); }

@@ -215,18 +215,23 @@ def _limit_seconds(case: Case, limits: Mapping[str, Any] | None, threads: int) -
 
 
 def overhead(ops: Sequence[Op], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[Row]:
-    """The cost of a call in microseconds: each headline op at its smallest sample that computes anything, ours and eager."""
+    """The cost of a call in microseconds: each headline op at its tiny sizes and its smallest sample, ours and eager."""
     for op in headline(ops):
-        costs = [(op.cost(**size), size) for size in op.samples]
-        busy = [(cost.forward_flops, cost.forward_elements, size) for cost, size in costs if cost.forward_flops]
-        size = min(busy or [(0, cost.forward_elements, size) for cost, size in costs if cost.forward_elements], key=lambda c: c[:2])[-1]
-        for direction in (FORWARD, TRAINING):
-            case = Case(op, size, dtype, direction)
-            with torch.no_grad() if direction == FORWARD else nullcontext():
-                timings = interleave(line_up(case, device).calls, min_seconds=0.2, device=device, cold=False)
-            for name, timing in timings.items():
-                what = f"{op.name} {label(size)} {direction}, {name}"
-                yield {"what": what, "microseconds": timing.median * 1e6, "op": op.name, "direction": direction, "provider": name}
+        for size in [_smallest(op), *op.tiny]:
+            for direction in (FORWARD, TRAINING):
+                case = Case(op, size, dtype, direction)
+                with torch.no_grad() if direction == FORWARD else nullcontext():
+                    timings = interleave(line_up(case, device).calls, min_seconds=0.2, device=device, cold=False)
+                for name, timing in timings.items():
+                    what = f"{op.name} {label(size)} {direction}, {name}"
+                    yield {"what": what, "microseconds": timing.median * 1e6, "op": op.name, "direction": direction, "provider": name}
+
+
+def _smallest(op: Op) -> Mapping[str, Any]:
+    """The smallest sample that computes anything, else the smallest that holds anything."""
+    costs = [(op.cost(**size), size) for size in op.samples]
+    busy = [(cost.forward_flops, cost.forward_elements, size) for cost, size in costs if cost.forward_flops]
+    return min(busy or [(0, cost.forward_elements, size) for cost, size in costs if cost.forward_elements], key=lambda c: c[:2])[-1]
 
 
 @contextmanager

@@ -262,6 +262,7 @@ BENCH = [
     ]
 ]
 QUICK = [BENCH[i] for i in (0, 2, 6)]
+TINY = [{"M": M, "K": K, "N": N} for M, K, N in [(64, 20, 128), (64, 128, 64), (64, 64, 32), (1, 64, 32)]]
 
 
 def _register(activation: str) -> None:
@@ -284,6 +285,7 @@ def _register(activation: str) -> None:
             samples=SAMPLES,
             bench=BENCH if activation == "relu" else QUICK,
             quick=QUICK if activation == "relu" else BENCH[:1],
+            tiny=TINY,
             cost=_cost,
             raw=("linear_forward", "linear_backward"),
             supports=_unsupported,
