@@ -29,6 +29,7 @@ from torch import Tensor
 import dlkernels
 import dlkernels.functional as F
 from dlkernels import OPS
+from dlkernels.bench.check import allowed_error, relative_error
 from dlkernels.ops import linear as contract
 
 LINEAR = [op for op in OPS.values() if op.module == "linear"]
@@ -64,7 +65,8 @@ def test_block_edges_are_exact(dtype: torch.dtype) -> None:
 @pytest.mark.isa
 @each_dtype
 def test_large_product_on_two_threads_is_exact(dtype: torch.dtype) -> None:
-    sizes = [(40, 60, 50)] if SMALL else [(130, 1030, 515), (3, 1030, 515), (515, 130, 9), (1, 2050, 700)]
+    many = [(130, 1030, 515), (3, 1030, 515), (515, 130, 9), (1, 2050, 700), (515, 300, 260), (70, 8200, 40), (8200, 70, 40)]
+    sizes = [(40, 60, 50)] if SMALL else many
     with threads(2):
         for M, K, N in sizes:
             check_exact(integers(RELU, {"M": M, "K": K, "N": N}, dtype), dtype)
@@ -75,6 +77,45 @@ def check_exact(args: Args, dtype: torch.dtype) -> None:
     exact = {name: value.to(dtype) for name, value in exact_results(RELU, args, dys).items()}
     what = " ".join(str(tuple(arg.shape)) for arg in args)
     assert_same_bits(results(RELU, RELU.call, args, dys), exact, f"linear_relu {what}")
+
+
+@pytest.mark.isa
+@each_dtype
+@pytest.mark.parametrize("size", [(300, 200, 400), (64, 784, 256), (8, 1000, 999)], ids=str)
+def test_same_bits_on_any_number_of_threads(size: tuple[int, int, int], dtype: torch.dtype) -> None:
+    if SMALL:
+        pytest.skip("the interpreter has one thread")
+    args = arguments(RELU, dict(zip("MKN", size, strict=True)), dtype)
+    dys = cotangents(RELU, args)
+    one = results(RELU, RELU.call, args, dys)
+    for count in (2, 3):
+        with threads(count):
+            assert_same_bits(results(RELU, RELU.call, args, dys), one, f"{size} on {count} threads")
+
+
+PARTS = {"M": 20, "K": 30, "N": 40} if SMALL else {"M": 300, "K": 200, "N": 400}  # large enough to be multiplied from parts where tiles are
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("scale", [1e-37, 1e-30, 1e-20, 1.0, 1e18, 1e34])
+def test_float_products_keep_the_range_of_float(scale: float) -> None:
+    """Parts of numbers near the ends of float's range would not add up to them; the kernel has to notice."""
+    x, weight, bias = arguments(RELU, PARTS, torch.float32)
+    assert_accurate(RELU, (x * scale, weight, bias * scale))
+    assert_accurate(RELU, (x, weight * scale, bias * scale))
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), 3.4e38])
+def test_one_extreme_number_stays_in_its_row(value: float) -> None:
+    linear = OPS["linear"]
+    x, weight, bias = arguments(linear, PARTS, torch.float32)
+    x[5, 7] = value
+    ours, native = linear.call(x, weight, bias), linear.native(x, weight, bias)
+    torch.testing.assert_close(ours[5], native[5], rtol=1e-5, atol=1e33, equal_nan=True)
+    rest = torch.arange(len(x)) != 5
+    exact = linear.reference(x[rest].double(), weight.double(), bias.double())
+    assert relative_error(ours[rest], exact) <= allowed_error(relative_error(native[rest], exact), torch.float32, gradient=False)
 
 
 @pytest.mark.isa

@@ -11,7 +11,8 @@
 //        +-------+NR-+
 //
 // Both operands are packed once, by all threads together; then each thread computes its own rectangle of C. Panels are padded with zeros,
-// so the edges of the matrix run the same code as its middle. The order of every sum depends on the sizes alone: results repeat bit for bit.
+// so the edges of the matrix run the same code as its middle. The order of every sum depends on the sizes alone: results repeat bit for
+// bit, whatever the number of threads.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -187,7 +188,8 @@ template <class Micro> struct Gemm {
                 else good = false;
             });
         } else {
-            int64_t step_m = round_up(std::min(M, std::max<int64_t>(share, MC)), MR), step_n = round_up(std::min(N, std::max<int64_t>(share, NC)), NR);
+            int64_t step_m = round_up(std::min(M, std::max<int64_t>(share, MC)), MR);
+            int64_t step_n = round_up(std::min(N, std::max<int64_t>(share, NC)), NR);
             for (int64_t n = 0; n < N && good; n += step_n)
                 for (int64_t k = 0; (k == 0 || k < K) && good; k += deep)
                     for (int64_t m = 0; m < M && good; m += step_m) {
@@ -219,8 +221,10 @@ template <class Micro> struct Gemm {
     }
 
     static Part packing(Rectangle r, int64_t k0, int64_t k1) {
-        int64_t panels_m = round_up(std::max<int64_t>(r.m1 - r.m0, 0), MR) / MR, panels_n = round_up(std::max<int64_t>(r.n1 - r.n0, 0), NR) / NR;
-        return {r, k0, k1, scratch<E, 0>(panels_m * Micro::panel(MR, k1 - k0)), scratch<E, 1>(panels_n * Micro::panel(NR, k1 - k0))};
+        auto room = [&](int64_t count, int width) {
+            return round_up(std::max<int64_t>(count, 0), width) / width * Micro::panel(width, k1 - k0);
+        };
+        return {r, k0, k1, scratch<E, 0>(room(r.m1 - r.m0, MR)), scratch<E, 1>(room(r.n1 - r.n0, NR))};
     }
 
     // Thread t's share of C: the threads form the grid that gives the slowest of them the least to compute and to read.

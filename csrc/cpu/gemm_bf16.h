@@ -86,7 +86,7 @@ template <class E> struct PairDot {
     }
 };
 
-// ---- AMX: 32 x 32 of C in four tiles; PARTS bf16 per operand element ----------------------------------------------------------------------
+// ---- AMX: 32 x 32 of C in four tiles; PARTS bf16 per operand element ------------------------------------------------------------------
 // panel: for every 32 k, for every part, two tiles of 16 rows (A: [row][32 k]) or 16 columns (B: [pair of k][16 columns][2]).
 
 template <class E, int PARTS> struct Tiles {
@@ -115,7 +115,8 @@ template <class E, int PARTS> struct Tiles {
                     rest -= bits_as<vec<float>>(upper);
                 }
             }
-        constexpr int32_t INFINITE = 0x7f800000, TINY = (127 - 90) << 23;  // a part of a number below 2^-90 could be subnormal: AMX drops those
+        // AMX takes subnormal numbers for 0, and a part of a number below TINY = 2^-90 could be one.
+        constexpr int32_t INFINITE = 0x7f800000, TINY = (127 - 90) << 23;
         vec<int32_t> bad = (largest >= INFINITE) | ((largest < TINY) & (largest > 0) & (max_of(largest) < TINY));
         return !any(bad);
     }

@@ -44,7 +44,8 @@ template <class T> struct Dot {
     }
 
     template <class Epilogue>
-    static void strip(int64_t M, int64_t n0, int columns, int64_t K, const T* x, int64_t ldx, const T* w, int64_t ldw, const Epilogue& epilogue) {
+    static void strip(int64_t M, int64_t n0, int columns, int64_t K, const T* x, int64_t ldx, const T* w, int64_t ldw,
+                      const Epilogue& epilogue) {
         for (int64_t m = 0; m < M; m += DM) {
             alignas(64) S sums[DM * STRIP];
             int rows = std::min<int64_t>(DM, M - m);

@@ -14,9 +14,10 @@ namespace {
 constexpr const char* FORWARD = "linear_forward";
 constexpr const char* BACKWARD = "linear_backward";
 constexpr double PARTS_PAY = 128;  // harmonic size from which splitting numbers into parts costs less than it saves
-// Where the thin products beat packing. The dot product's sums across lanes need many k to pay; widening half types costs it its lead sooner.
+// Where the thin products beat packing. The dot product's sums across lanes need many k to pay, and widening half types costs it its lead.
 template <class T> bool dot_pays(int64_t M, int64_t K) { return M <= 4 || (M <= (sizeof(T) == 2 ? 16 : 64) && K >= 256); }
 constexpr int64_t SWEEP_ROWS = 16;
+constexpr int READ = 3;  // the scratch slot of the readers
 template <class T> using element_of = typename micro_for<T, true>::type::Element;
 
 // A matrix in memory: element (i, j) is p[i * rs + j * cs].
@@ -28,25 +29,26 @@ template <class T> struct Matrix {
 template <class T> Matrix<T> matrix(const Tensor& t) { return {static_cast<T*>(t.mutable_data_ptr()), t.stride(0), t.stride(1)}; }
 
 // Read a stored matrix: as it lies where the product computes in its type, widened into scratch otherwise.
-template <int Slot, class T, class E> Block<E> read(Matrix<T> x, int64_t r0, int rows, int64_t k0, int kc) {
+template <class E, class T> Block<E> read(Matrix<T> x, int64_t r0, int rows, int64_t k0, int kc) {
     const T* p = x.p + r0 * x.rs + k0 * x.cs;
     if constexpr (std::is_same_v<T, E>) return {p, x.rs, x.cs};
     bool along_k = x.cs == 1;
     int outer = along_k ? rows : kc, inner = along_k ? kc : rows;
     int64_t stride = along_k ? x.rs : x.cs, ld = round_up(inner, VL<E>);
-    E* out = scratch<E, Slot>(outer * ld);
+    E* out = scratch<E, READ>(outer * ld);
     for (int i = 0; i < outer; i++)
         for (int j = 0; j < inner; j += VL<E>) store(out + i * ld + j, load(p + i * stride + j, inner - j));
     return along_k ? Block<E>{out, ld, 1} : Block<E>{out, 1, ld};
 }
 
 // Read dz = dy * act'(saved), formed in scratch.
-template <int Slot, class T, class E> Block<E> read_dz(Activation act, Matrix<T> dy, Matrix<T> saved, int64_t r0, int rows, int64_t k0, int kc) {
-    if (act.code == NONE) return read<Slot, T, E>(dy, r0, rows, k0, kc);
+template <class E, class T>
+Block<E> read_dz(Activation act, Matrix<T> dy, Matrix<T> saved, int64_t r0, int rows, int64_t k0, int kc) {
+    if (act.code == NONE) return read<E>(dy, r0, rows, k0, kc);
     bool along_k = dy.cs == 1;
     int outer = along_k ? rows : kc, inner = along_k ? kc : rows;
     int64_t ld = round_up(inner, VL<compute_t<T>>);
-    E* out = scratch<E, Slot>(outer * ld);
+    E* out = scratch<E, READ>(outer * ld);
     const T *d = dy.p + r0 * dy.rs + k0 * dy.cs, *s = saved.p + r0 * saved.rs + k0 * saved.cs;
     for (int i = 0; i < outer; i++)
         act.gradient(d + i * (along_k ? dy.rs : dy.cs), s + i * (along_k ? saved.rs : saved.cs), out + i * ld, inner);
@@ -72,17 +74,18 @@ void multiply(int64_t M, int64_t N, int64_t K, const FA& A, const FB& B, T* out,
     else run(typename micro_for<T, false>::type{});
 }
 
-// The epilogue of a product without one: store the tile. In place already where the output holds the partial sums.
+// The epilogue of a product without one: store the tile.
 template <class T, class Sum> void store_tile(const Tile<Sum>& t, T* out, int64_t ld) {
     for (int i = 0; i < t.rows; i++)
         for (int j = 0; j < t.columns; j += VL<Sum>)
             store(out + (t.m + i) * ld + t.n + j, load(t.p + i * t.ld + j), t.columns - j);
 }
 
-template <class T> void forward(Activation act, Matrix<T> x, Matrix<T> weight, const T* bias, T* y, T* z, int64_t M, int64_t N, int64_t K) {
+template <class T>
+void forward(Activation act, Matrix<T> x, Matrix<T> weight, const T* bias, T* y, T* z, int64_t M, int64_t N, int64_t K) {
     using E = element_of<T>;
-    auto A = [=](int64_t r0, int rows, int64_t k0, int kc) { return read<3, T, E>(x, r0, rows, k0, kc); };
-    auto B = [=](int64_t r0, int rows, int64_t k0, int kc) { return read<3, T, E>(weight, r0, rows, k0, kc); };
+    auto A = [=](int64_t r0, int rows, int64_t k0, int kc) { return read<E>(x, r0, rows, k0, kc); };
+    auto B = [=](int64_t r0, int rows, int64_t k0, int kc) { return read<E>(weight, r0, rows, k0, kc); };
     auto epilogue = [=](const auto& t) {
         for (int i = 0; i < t.rows; i++) {
             int64_t at = (t.m + i) * N + t.n;
@@ -97,11 +100,12 @@ template <class T> void forward(Activation act, Matrix<T> x, Matrix<T> weight, c
     multiply<T>(M, N, K, A, B, y, epilogue);
 }
 
-template <class T> void input_gradient(Activation act, Matrix<T> dy, Matrix<T> saved, Matrix<T> weight, T* dx, int64_t M, int64_t N, int64_t K) {
+template <class T>
+void input_gradient(Activation act, Matrix<T> dy, Matrix<T> saved, Matrix<T> weight, T* dx, int64_t M, int64_t N, int64_t K) {
     auto product = [=](auto element, const auto& run) {
         using E = decltype(element);
-        run([=](int64_t r0, int rows, int64_t k0, int kc) { return read_dz<3, T, E>(act, dy, saved, r0, rows, k0, kc); },
-            [=](int64_t r0, int rows, int64_t k0, int kc) { return read<3, T, E>(weight.transposed(), r0, rows, k0, kc); },
+        run([=](int64_t r0, int rows, int64_t k0, int kc) { return read_dz<E>(act, dy, saved, r0, rows, k0, kc); },
+            [=](int64_t r0, int rows, int64_t k0, int kc) { return read<E>(weight.transposed(), r0, rows, k0, kc); },
             [=](const auto& t) { store_tile(t, dx, K); });
     };
     if (M <= SWEEP_ROWS && weight.cs == 1)
@@ -112,12 +116,13 @@ template <class T> void input_gradient(Activation act, Matrix<T> dy, Matrix<T> s
         product(element_of<T>{}, [=](auto A, auto B, auto epilogue) { multiply<T>(M, K, N, A, B, dx, epilogue); });
 }
 
-template <class T> void weight_gradient(Activation act, Matrix<T> dy, Matrix<T> saved, Matrix<T> x, T* dweight, int64_t M, int64_t N, int64_t K) {
+template <class T>
+void weight_gradient(Activation act, Matrix<T> dy, Matrix<T> saved, Matrix<T> x, T* dweight, int64_t M, int64_t N, int64_t K) {
     using E = element_of<T>;
     auto A = [=](int64_t r0, int rows, int64_t k0, int kc) {
-        return read_dz<3, T, E>(act, dy.transposed(), saved.transposed(), r0, rows, k0, kc);
+        return read_dz<E>(act, dy.transposed(), saved.transposed(), r0, rows, k0, kc);
     };
-    auto B = [=](int64_t r0, int rows, int64_t k0, int kc) { return read<3, T, E>(x.transposed(), r0, rows, k0, kc); };
+    auto B = [=](int64_t r0, int rows, int64_t k0, int kc) { return read<E>(x.transposed(), r0, rows, k0, kc); };
     multiply<T>(N, K, M, A, B, dweight, [=](const auto& t) { store_tile(t, dweight, K); });
 }
 
@@ -150,7 +155,8 @@ Activation checked_activation(const char* op, int64_t code, double slope) {
 
 // ---- the ops, with every argument checked ------------------------------------------------------------------------------------------
 
-std::tuple<Tensor, Tensor> linear_forward(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t activation, double slope, bool save) {
+std::tuple<Tensor, Tensor> linear_forward(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t activation, double slope,
+                                          bool save) {
     ranked(FORWARD, "x", x, 2), ranked(FORWARD, "weight", weight, 2);
     int64_t M = x.size(0), K = x.size(1), N = weight.size(0);
     ScalarType dtype = x.scalar_type();
@@ -169,8 +175,8 @@ std::tuple<Tensor, Tensor> linear_forward(Tensor x, Tensor weight, std::optional
     return {y, z};
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor dy, Tensor x, Tensor weight, std::optional<Tensor> saved, int64_t activation, double slope,
-                                                   bool need_dx, bool need_dweight, bool need_dbias) {
+std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor dy, Tensor x, Tensor weight, std::optional<Tensor> saved, int64_t activation,
+                                                   double slope, bool need_dx, bool need_dweight, bool need_dbias) {
     ranked(BACKWARD, "x", x, 2), ranked(BACKWARD, "weight", weight, 2);
     int64_t M = x.size(0), K = x.size(1), N = weight.size(0);
     ScalarType dtype = x.scalar_type();
@@ -184,16 +190,16 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor dy, Tensor x, Tensor w
     Tensor dbias = need_dbias ? empty(x, {N}) : Tensor();
     need_dx = need_dx && M * K > 0, need_dweight = need_dweight && N * K > 0, need_dbias = need_dbias && N > 0;
     // dz is read along rows of dy and saved together, so both are row-major.
-    Tensor d = dense(dy), s = act.code == NONE ? d : dense(*saved);
+    Tensor d = dense(dy), s = act.code == NONE ? d : dense(*saved), dz;
     Tensor xs = need_dweight ? row_or_column_major(x) : x, ws = need_dx ? row_or_column_major(weight) : weight;
     with_type(BACKWARD, dtype, [&](auto type) {
         using T = decltype(type);
         Matrix<T> dm = {static_cast<T*>(d.data_ptr()), N, 1}, sm = {act.code == NONE ? nullptr : static_cast<T*>(s.data_ptr()), N, 1};
         T* bias_sums = need_dbias ? static_cast<T*>(dbias.data_ptr()) : nullptr;
         if (act.costly() && need_dx + need_dweight + need_dbias > 1) {
-            d = empty(dy, {M, N});
-            activation_gradient<T>(act, dm, sm, static_cast<T*>(d.data_ptr()), bias_sums, M, N);
-            dm = matrix<T>(d), act.code = NONE;
+            dz = empty(dy, {M, N});
+            activation_gradient<T>(act, dm, sm, static_cast<T*>(dz.data_ptr()), bias_sums, M, N);
+            dm.p = static_cast<T*>(dz.data_ptr()), act.code = NONE;
         } else if (need_dbias) {
             activation_gradient<T>(act, dm, sm, nullptr, bias_sums, M, N);
         }

@@ -60,9 +60,10 @@ inline const Tensor& ranked(const char* op, const char* name, const Tensor& t, i
 
 // An uninitialised tensor of this shape. The system maps a fresh large one page by page as it is first written; we ask for large pages.
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape) {
+    torch::headeronly::IntHeaderOnlyArrayRef sizes(shape.begin(), shape.size());
     Tensor t = [&] {
         try {
-            return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), like.scalar_type());
+            return torch::stable::new_empty(like, sizes, like.scalar_type());
         } catch (const std::exception&) {
             std::ostringstream size;
             for (int64_t n : shape) size << " x " << n;
