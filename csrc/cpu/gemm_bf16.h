@@ -93,7 +93,7 @@ template <class E, int PARTS> struct Tiles {
     using Element = E;
     using Sum = float;
     static constexpr int MR = 32, NR = 32, STEP = 32, SQUARE = 16 * STEP;
-    static constexpr int KC = PARTS == 1 ? 512 : 128, MC = 256, NC = 512;
+    static constexpr int KC = PARTS == 1 ? 256 : 128, MC = PARTS == 1 ? 128 : 256, NC = PARTS == 1 ? 256 : 512;
 
     using Session = TileSession;
     static int64_t panel(int64_t width, int kc) { return width * round_up(kc, STEP) * PARTS * int64_t(sizeof(bf16)) / int64_t(sizeof(E)); }
