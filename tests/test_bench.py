@@ -1,15 +1,12 @@
-"""The measuring instruments: do they time fairly, notice a wrong kernel, keep to their time, and lose nothing on Ctrl-C?"""
+"""The measuring instruments: do they notice a wrong kernel, keep to their time, and lose nothing on Ctrl-C?"""
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +20,6 @@ from dlkernels.bench.inputs import DTYPE_NAMES, arguments, gradient_names, label
 from dlkernels.bench.machine import describe
 from dlkernels.bench.providers import FORWARD, TRAINING, Case, line_up
 from dlkernels.bench.results import Results, dumps
-from dlkernels.bench.timing import Interrupted, Timing, interleave, is_busy
 from dlkernels.registry import Cost, Op
 
 FAST = replace(suite.QUICK, min_seconds=0.0, min_samples=3, max_seconds=0.2)
@@ -51,108 +47,6 @@ def failures(op: Op, dtype: torch.dtype = torch.float32) -> set[str]:
 
 
 # timing
-
-
-def test_quantiles_are_of_the_samples() -> None:
-    timing = Timing((5.0, 1.0, 4.0, 2.0, 3.0, 100.0))
-    assert (timing.p20, timing.median, timing.p80) == (2.0, 3.5, 5.0)
-
-
-def test_providers_take_turns_and_follow_everybody_alike() -> None:
-    order: list[str] = []
-
-    def call(name: str) -> Callable[[], None]:
-        def run() -> None:
-            order.append(name)
-            time.sleep(3e-4)  # longer than the shortest sample: one call each
-
-        return run
-
-    names = ("a", "b", "c")
-    timings = interleave({name: call(name) for name in names}, min_seconds=0, min_samples=24, warmup=0)
-    assert [len(timing.samples) for timing in timings.values()] == [24, 24, 24]
-    rounds = [order[i : i + 3] for i in range(3, len(order), 3)]  # the first three warm up
-    assert all(sorted(names_of_round) == sorted(names) for names_of_round in rounds)
-    first = Counter(names_of_round[0] for names_of_round in rounds)
-    assert max(first.values()) - min(first.values()) <= 4
-    followers = Counter((a, b) for names_of_round in rounds for a, b in pairwise(names_of_round))
-    assert len(followers) == 6 and max(followers.values()) <= 2 * min(followers.values())
-
-
-def test_a_short_call_is_repeated_within_its_sample() -> None:
-    calls = 0
-
-    def count() -> None:
-        nonlocal calls
-        calls += 1
-
-    timing = interleave({"short": count}, min_seconds=0, min_samples=5, warmup=0.001)["short"]
-    assert calls > 20 * len(timing.samples)
-    assert 0 < timing.median < 1e-5
-
-
-def test_twice_the_work_takes_twice_the_time() -> None:
-    def spin(seconds: float) -> Callable[[], None]:
-        def run() -> None:
-            end = time.perf_counter() + seconds
-            while time.perf_counter() < end:
-                pass
-
-        return run
-
-    timings = interleave({"one": spin(1e-3), "two": spin(2e-3)}, min_seconds=0, min_samples=15, warmup=0)
-    assert timings["one"].p20 == pytest.approx(1e-3, rel=0.1)
-    assert timings["two"].p20 / timings["one"].p20 == pytest.approx(2, rel=0.15)
-
-
-def test_the_time_limit_ends_slow_measurements_after_three_rounds() -> None:
-    timing = interleave({"slow": lambda: time.sleep(0.02)}, min_seconds=9, min_samples=99, max_seconds=0.01, warmup=0)["slow"]
-    assert len(timing.samples) == 3
-
-
-def test_interruption_keeps_the_finished_rounds() -> None:
-    calls = 0
-
-    def interrupted_at_the_sixth() -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 6:
-            raise KeyboardInterrupt
-        time.sleep(3e-4)
-
-    with pytest.raises(Interrupted) as caught:
-        interleave({"steady": lambda: time.sleep(3e-4), "other": interrupted_at_the_sixth}, min_samples=50, warmup=0)
-    assert {name: len(timing.samples) for name, timing in caught.value.timings.items()} == {"steady": 4, "other": 4}
-    assert gc.isenabled()
-
-
-def test_interruption_before_the_first_round_leaves_nothing() -> None:
-    def interrupted() -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(Interrupted) as caught:
-        interleave({"never": interrupted})
-    assert caught.value.timings == {}
-
-
-def test_the_garbage_collector_is_off_meanwhile() -> None:
-    states = []
-    interleave({"look": lambda: states.append(gc.isenabled())}, min_seconds=0, min_samples=3, warmup=0)
-    assert not any(states) and gc.isenabled()
-
-
-def test_nothing_to_time_is_an_error() -> None:
-    with pytest.raises(ValueError, match="calls"):
-        interleave({})
-
-
-def test_the_canary_notices_drift_and_scatter() -> None:
-    steady, slower, scattered = Timing((1.0,) * 10), Timing((1.5,) * 10), Timing((1.0, 2.0) * 5)
-    assert not is_busy(steady, steady)
-    assert is_busy(steady, slower) and is_busy(slower, steady) and is_busy(steady, scattered)
-
-
-# check
 
 
 @pytest.mark.parametrize("dtype", DTYPE_NAMES.values(), ids=DTYPE_NAMES)
@@ -350,11 +244,9 @@ def test_the_suite_keeps_its_time() -> None:
         return x @ weight
 
     op = toy(slow, bench=[{"M": m, "K": 8, "N": 8} for m in range(1, 200)])
-    start = time.perf_counter()
     mode = replace(FAST, budget=1.0, name="default")
     found: list[str] = [section for section, rows in suite.run(suite.plan([op], mode, [torch.float32], False), mode)]
-    assert time.perf_counter() - start < 2.5
-    assert {"bench", "skipped"} == set(found)
+    assert {"bench", "skipped"} == set(found), "398 races of at least 30 ms each do not fit into a second"
 
 
 def test_interruption_yields_the_finished_rounds_then_goes_on() -> None:
