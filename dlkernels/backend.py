@@ -60,24 +60,25 @@ def load_cpu() -> str:
     return chosen
 
 
-@cache
-def load_gpu(key: str = "CUDA") -> None:
-    """Attach the Triton launchers to the ops (once), under dispatch key ``key``; the first thing that imports Triton."""
-    from . import gpu
-
-    gpu.register(key)
-
-
 def load() -> None:
-    """Attach the kernels that serve CPU tensors. Those for a GPU follow when the first tensor on one is seen."""
-    if TRITON_ON_CPU:
-        load_gpu("CPU")
-    else:
+    """Attach the kernels that serve CPU tensors. Triton's are attached already, see ``define``."""
+    if not TRITON_ON_CPU:
         load_cpu()
 
 
+@cache
+def _launcher(name: str) -> Callable[..., Any]:
+    """The Triton launcher of a raw op; the first one asked for imports Triton."""
+    from . import gpu
+
+    found = gpu.implementations().get(name)
+    if found is None:
+        raise NotImplementedError(f"torch.ops.dlkernels.{name} has no Triton kernel")
+    return found
+
+
 def define(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Define the raw op ``torch.ops.dlkernels.<name>`` and return the function that calls it.
+    """Define the raw op ``torch.ops.dlkernels.<name>``, attach its Triton launcher, and return the function that calls it.
 
     The raw op has no derivative of its own: called where one would be recorded it raises instead of dropping the gradient. The
     returned function enters below that check, so it belongs inside an ``autograd.Function`` or where nothing requires grad.
@@ -85,6 +86,7 @@ def define(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     name = schema.split("(")[0]
     _LIBRARY.define(schema)
     torch.library.register_fake(f"dlkernels::{name}", fake, lib=_LIBRARY)
+    _LIBRARY.impl(name, lambda *args: _launcher(name)(*args), "CPU" if TRITON_ON_CPU else "CUDA")
     op = getattr(torch.ops.dlkernels, name).default
 
     def refuse_grad(keyset: torch.DispatchKeySet, *args: Any) -> Any:

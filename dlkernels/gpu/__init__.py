@@ -20,8 +20,6 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import torch
-
 
 @cache
 def implementations() -> dict[str, Callable[..., Any]]:
@@ -40,20 +38,3 @@ def _gather(name: str) -> dict[str, Any]:
     for entry in pkgutil.iter_modules(__path__):
         found.update(getattr(importlib.import_module(f"{__name__}.{entry.name}"), name, {}))
     return found
-
-
-@cache
-def register(key: str = "CUDA") -> torch.library.Library:
-    """Attach every launcher to ``torch.ops.dlkernels`` under dispatch key ``key``: "CUDA", or "CPU" for Triton's interpreter.
-
-    Raises:
-        RuntimeError: ``key`` is "CPU" but Triton was imported without ``TRITON_INTERPRET=1``.
-    """
-    import triton
-
-    if key == "CPU" and not triton.knobs.runtime.interpret:
-        raise RuntimeError("Triton runs on CPU tensors only in its interpreter: set TRITON_INTERPRET=1 before Python starts")
-    library = torch.library.Library("dlkernels", "IMPL")
-    for name, launcher in implementations().items():
-        library.impl(name, launcher, key)
-    return library
