@@ -127,12 +127,6 @@ template <class T> inline void store(T* p, vec<compute_t<T>> v, int n) {
     else store_raw(p, v, n);
 }
 
-// 2^e for integer-valued e: built in the exponent field, so e must lie in the normal range.
-template <class T> inline vec<T> pow2(vec<ints<T>> e) {
-    constexpr int mantissa = sizeof(T) == 8 ? 52 : 23, bias = sizeof(T) == 8 ? 1023 : 127;
-    return bits_as<vec<T>>((e + bias) << mantissa);
-}
-
 // ---- transpose a VL x VL square of numbers held in VL registers ------------------------------------------------------------------
 // log2(VL) passes; pass S swaps the off-diagonal S x S blocks of every 2S x 2S block.
 
