@@ -98,5 +98,6 @@ def show(op: str, view: str, json_target: str | None) -> None:
             continue
         out.print(Text(f"{page.title}  ({page.origin})", style="bold"))
         out.print(Syntax(page.text, page.language, theme="ansi_dark", background_color="default", word_wrap=True))
-    others = [other for other in sources.VIEWS if other != view]
-    remark(f"{', '.join(dict.fromkeys(page.origin for page in listings))}; see also --{', --'.join(others)}")
+    if not out.is_terminal:
+        remark(", ".join(dict.fromkeys(page.origin for page in listings)))
+    remark(f"see also --{', --'.join(other for other in sources.VIEWS if other != view)}")
