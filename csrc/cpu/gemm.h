@@ -5,8 +5,8 @@
 //             copy they filled (a widened half type, an activation's derivative, an image patch);
 //   epilogue  gets each finished tile while it is in the L1 cache, and writes the result.
 //
-//            N                       panel of B: [kc][NR], stays in L1 while every panel of A in the block passes over it
-//        +-------+---+               panel of A: [kc][MR], a block of MC/MR of them stays in L2
+//            N                       panel of A: [kc][MR], stays in L1 while every panel of B in the block passes over it
+//        +-------+---+               panel of B: [kc][NR], a block of NC/NR of them stays in L2
 //      M |       |MR |               tile:       MR x NR sums in registers; each k costs MR broadcasts, NV loads, MR*NV multiply-adds
 //        +-------+NR-+
 //
@@ -71,21 +71,31 @@ template <class E> struct Block {
 };
 template <class E> using Reader = function_ref<Block<E>(int64_t r0, int rows, int64_t k0, int kc)>;
 
+// While one line of an operand is packed, the line AHEAD bytes further on is on its way to L2: a panel's rows lie far apart, so the
+// hardware does not see them coming. (L1 would be the wrong place: rows a power of two apart share its few ways.)
+constexpr int AHEAD = 256;
+template <class T> inline void prefetch_l2(const T* p) { __builtin_prefetch(p, 0, 2); }
+
 // panel[k * W + r] = block(r, k), zero for r in [rows, W).
 template <int W, class E> bool pack(Block<E> block, int rows, int kc, E* panel) {
     constexpr int L = VL<E>;
     if (block.rs == 1) {
         for (int k = 0; k < kc; k++)
-            for (int r = 0; r < W; r += L)
+            for (int r = 0; r < W; r += L) {
+                prefetch_l2(block.p + (k + 8) * block.ks + r);
                 store(panel + k * W + r, load(block.p + k * block.ks + r, std::max(rows - r, 0)), W - r);
+            }
         return true;
     }
     for (int k = 0; k < kc; k += L)
         for (int r = 0; r < W; r += L) {
             vec<E> square[L];
 #pragma GCC unroll 16
-            for (int i = 0; i < L; i++)
-                square[i] = r + i < rows ? load(block.p + (r + i) * block.rs + k, kc - k) : vec<E>{};
+            for (int i = 0; i < L; i++) {
+                const E* p = block.p + (r + i) * block.rs + k;
+                prefetch_l2(p + AHEAD / sizeof(E));
+                square[i] = r + i < rows ? load(p, kc - k) : vec<E>{};
+            }
             transpose(square);
             for (int i = 0; i < std::min(L, kc - k); i++) store(panel + (k + i) * W + r, square[i], W - r);
         }
@@ -98,7 +108,7 @@ template <class E> struct Fma {
     using Element = E;
     using Sum = E;
     static constexpr int MR = ::MR, NR = NV * VL<E>;
-    static constexpr int KC = 1536 / sizeof(E), MC = 8 * MR, NC = 64 * VL<E>;
+    static constexpr int KC = 1536 / sizeof(E), MC = 8 * MR, NC = 16 * VL<E>;
 
     struct Session {};  // set up once per rectangle; AMX has something to do there
     static int64_t panel(int64_t width, int kc) { return width * kc; }  // elements in a panel
@@ -107,11 +117,12 @@ template <class E> struct Fma {
     static bool pack_b(Block<E> block, int columns, int kc, E* panel) { return pack<NR>(block, columns, kc, panel); }
     static constexpr bool writes_exactly(int) { return true; }  // the tile touches only the rows it was asked for
 
-    template <int R> static void tile_of(int kc, const E* a, const E* b, int64_t ldb, E* c, int64_t ldc, bool add) {
+    template <int R> static void tile_of(int kc, const E* a, const E* b, int64_t ldb, E* c, int64_t ldc, bool add, const E* next) {
         vec<E> acc[R][NV] = {};
         for (int i = 0; i < R; i++)
             for (int j = 0; j < NV; j++) __builtin_prefetch(c + i * ldc + j * VL<E>, 1);
-        for (int k = 0; k < kc; k++, a += MR, b += ldb) {
+        for (int k = 0; k < kc; k++, a += MR, b += ldb, next += VL<E>) {
+            prefetch_l2(next);
             vec<E> bk[NV];
 #pragma GCC unroll 8
             for (int j = 0; j < NV; j++) bk[j] = load(b + j * VL<E>);
@@ -132,12 +143,12 @@ template <class E> struct Fma {
         static constexpr decltype(&tile_of<1>) table[] = {&tile_of<R + 1>...};
         return table[rows - 1];
     }
-    // c[rows, NR] (+)= A panel * B, where row k of B starts at b + k * ldb
-    static void tile(int rows, int kc, const E* a, const E* b, int64_t ldb, E* c, int64_t ldc, bool add) {
-        tile_for(rows, std::make_integer_sequence<int, MR>{})(kc, a, b, ldb, c, ldc, add);
+    // c[rows, NR] (+)= A panel * B, where row k of B starts at b + k * ldb; a vector of `next` per k is fetched into L2 meanwhile
+    static void tile(int rows, int kc, const E* a, const E* b, int64_t ldb, E* c, int64_t ldc, bool add, const E* next) {
+        tile_for(rows, std::make_integer_sequence<int, MR>{})(kc, a, b, ldb, c, ldc, add, next);
     }
-    static void tile(int rows, int, int kc, const E* a, const E* b, E* c, int64_t ldc, bool add) {
-        tile(rows, kc, a, b, NR, c, ldc, add);
+    static void tile(int rows, int, int kc, const E* a, const E* b, E* c, int64_t ldc, bool add, const E* next) {
+        tile(rows, kc, a, b, NR, c, ldc, add, next);
     }
 };
 
@@ -202,22 +213,24 @@ template <class Micro> struct Gemm {
             if (!good) Gemm<Fma<E>>{M, N, K, A, B, epilogue, sums}.run(threads, parallel);
     }
 
-    // Thread t's share of the panels. False where a panel was refused.
+    // Thread t's share of the panels, a few side by side at a time: a reader has longer rows to work on, and the lines that two panels
+    // share are read once. False where a panel was refused.
     bool pack(const Part& part, int64_t t, int64_t threads, bool also_b) const {
-        auto share = [&](int64_t begin, int64_t end, int width, const auto& one) {
+        constexpr int SIDE_BY_SIDE = 8, DEPTH = 128;
+        auto share = [&](int64_t begin, int64_t end, int width, const Reader<E>& read, auto pack_one, auto panel_at) {
             int64_t panels = (end - begin + width - 1) / width;
-            for (int64_t i = panels * t / threads; i < panels * (t + 1) / threads; i++)
-                for (int64_t k = part.k0; k < part.k1; k += KC) {
-                    int64_t r = begin + i * width;
-                    if (!one(r, int(std::min<int64_t>(width, end - r)), k, int(std::min<int64_t>(KC, part.k1 - k)))) return false;
+            int64_t first = begin + panels * t / threads * width, last = std::min(end, begin + panels * (t + 1) / threads * width);
+            for (int64_t r = first; r < last; r += SIDE_BY_SIDE * width)
+                for (int64_t k = part.k0; k < part.k1; k += DEPTH) {
+                    int rows = std::min<int64_t>(SIDE_BY_SIDE * width, last - r), kc = std::min<int64_t>(DEPTH, part.k1 - k);
+                    Block<E> block = read(r, rows, k, kc);
+                    for (int i = 0; i < rows; i += width, block.p += width * block.rs)
+                        if (!pack_one(block, std::min(width, rows - i), kc, panel_at(r + i, k))) return false;
                 }
             return true;
         };
-        return share(part.m0, part.m1, MR, [&](int64_t m, int rows, int64_t k, int kc) {
-                   return Micro::pack_a(A(m, rows, k, kc), rows, kc, part.a_panel(m, k));
-               }) && (!also_b || share(part.n0, part.n1, NR, [&](int64_t n, int columns, int64_t k, int kc) {
-                   return Micro::pack_b(B(n, columns, k, kc), columns, kc, part.b_panel(n, k));
-               }));
+        return share(part.m0, part.m1, MR, A, Micro::pack_a, [&](int64_t m, int64_t k) { return part.a_panel(m, k); }) &&
+               (!also_b || share(part.n0, part.n1, NR, B, Micro::pack_b, [&](int64_t n, int64_t k) { return part.b_panel(n, k); }));
     }
 
     static Part packing(Rectangle r, int64_t k0, int64_t k1) {
@@ -255,20 +268,17 @@ template <class Micro> struct Gemm {
         bool first = k == 0, last = k + kc >= K;
         int64_t ld = sums ? N : NC + VL<Sum>;  // rows a power of two apart would compete for the same lines of the cache
         Sum* partial = sums ? sums + m0 * ld + n0 : first && last ? nullptr : scratch<Sum, 2>(MC * ld);
-        // One panel stays in L1 while the other passes; where both do (few k), C is written along its rows.
-        bool along_rows = kc < 32;
-        int64_t outer0 = along_rows ? m0 : n0, outer1 = along_rows ? m1 : n1, inner0 = along_rows ? n0 : m0, inner1 = along_rows ? n1 : m1;
-        for (int64_t i = outer0; i < outer1; i += along_rows ? MR : NR)
-            for (int64_t j = inner0; j < inner1; j += along_rows ? NR : MR) {
-                int64_t m = along_rows ? i : j, n = along_rows ? j : i;
+        for (int64_t m = m0; m < m1; m += MR)
+            for (int64_t n = n0; n < n1; n += NR) {
+                const E *a = part.a_panel(m, k), *next = n == n0 && m + MR < m1 ? part.a_panel(m + MR, k) : a;
                 Tile<Sum> at{partial ? partial + (m - m0) * ld + n - n0 : nullptr, ld, m, n, int(std::min<int64_t>(MR, m1 - m)),
                              int(std::min<int64_t>(NR, n1 - n))};
-                one_tile(part.a_panel(m, k), part.b_panel(n, k), kc, first, last, at);
+                one_tile(a, part.b_panel(n, k), kc, first, last, at, next);
             }
     }
 
     // One tile, in place where the partial sums have room for all of it, else by way of `spare`.
-    void one_tile(const E* a, const E* b, int kc, bool first, bool last, const Tile<Sum>& at) const {
+    void one_tile(const E* a, const E* b, int kc, bool first, bool last, const Tile<Sum>& at, const E* next) const {
         alignas(64) Sum spare[MR * NR];
         Sum* home = const_cast<Sum*>(at.p);
         auto copy = [&](const Sum* from, int64_t from_ld, Sum* to, int64_t to_ld, bool pad) {
@@ -277,12 +287,12 @@ template <class Micro> struct Gemm {
                     store(to + i * to_ld + j, load(from + i * from_ld + j, at.columns - j), pad ? VL<Sum> : at.columns - j);
         };
         if (home && (at.columns == NR || !sums) && Micro::writes_exactly(at.rows)) {
-            Micro::tile(at.rows, at.columns, kc, a, b, home, at.ld, !first);
+            Micro::tile(at.rows, at.columns, kc, a, b, home, at.ld, !first, next);
             if (last) epilogue(at);
             return;
         }
         if (!first) copy(home, at.ld, spare, NR, true);
-        Micro::tile(at.rows, at.columns, kc, a, b, spare, NR, !first);
+        Micro::tile(at.rows, at.columns, kc, a, b, spare, NR, !first, next);
         if (last) epilogue({spare, NR, at.m, at.n, at.rows, at.columns});
         else copy(spare, NR, home, at.ld, false);
     }

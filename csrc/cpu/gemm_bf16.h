@@ -17,12 +17,15 @@ template <bool BY_ROW> void load_square(Block<bf16> x, int rows, int kc, pairs (
     auto at = [&](int r, int k) { return reinterpret_cast<const uint16_t*>(x.p + r * x.rs + k * x.ks); };
     if (x.ks == 1) {
 #pragma GCC unroll 16
-        for (int r = 0; r < L; r++)
+        for (int r = 0; r < L; r++) {
+            prefetch_l2(at(r, AHEAD / 2));
             out[r] = r >= rows ? pairs{} : kc >= 2 * L ? load_raw<pairs>(at(r, 0)) : load_raw<pairs>(at(r, 0), kc);
+        }
         if (!BY_ROW) transpose(out);
         return;
     }
     auto row_of = [&](int k) {
+        prefetch_l2(at(0, k + 2 * L));
         halves h = k >= kc ? halves{} : rows >= L ? load_raw<halves>(at(0, k)) : load_raw<halves>(at(0, k), rows);
         return __builtin_convertvector(h, pairs);
     };
@@ -37,13 +40,28 @@ template <class E> struct PairDot {
     using Element = bf16;
     using Sum = float;
     static constexpr int MR = ::MR, NR = NV * VL<float>;
-    static constexpr int KC = 512, MC = 24 * MR, NC = 64 * VL<float>;
+    static constexpr int KC = 512, MC = 8 * MR, NC = 16 * VL<float>;
 
     struct Session {};
     static int64_t panel(int64_t width, int kc) { return width * round_up(kc, 2); }
     template <int W> static bool pack_pairs(Block<bf16> block, int rows, int kc, bf16* panel) {
         constexpr int L = VL<float>;
         auto* out = reinterpret_cast<uint32_t*>(panel);
+        if (block.rs == 1) {  // along whole lines: the halves of one would not meet in L1, where rows a power of two apart share few ways
+            auto row_of = [&](int k, int r) {
+                const bf16* p = block.p + k * block.ks + r;
+                prefetch_l2(p + 16 * block.ks);
+                halves h = k >= kc || r >= rows ? halves{} : rows - r >= L ? load_raw<halves>(p) : load_raw<halves>(p, rows - r);
+                return __builtin_convertvector(h, pairs);
+            };
+            for (int k = 0; k < kc; k += 2, out += W)
+                for (int r = 0; r < W; r += L) {
+                    pairs both = row_of(k, r) | row_of(k + 1, r) << 16;
+                    if (W - r >= L) store_raw(out + r, both);
+                    else store_raw(out + r, both, W - r);
+                }
+            return true;
+        }
         for (int k = 0; k < kc; k += 2 * L)
             for (int r = 0; r < W; r += L) {
                 pairs square[L];
@@ -60,14 +78,17 @@ template <class E> struct PairDot {
     static bool pack_b(Block<bf16> block, int columns, int kc, bf16* panel) { return pack_pairs<NR>(block, columns, kc, panel); }
     static constexpr bool writes_exactly(int) { return true; }
 
-    template <int R> static void tile_of(int kc, const uint32_t* a, const uint32_t* b, float* c, int64_t ldc, bool add) {
+    template <int R>
+    static void tile_of(int kc, const uint32_t* a, const uint32_t* b, float* c, int64_t ldc, bool add, const bf16* next) {
         vec<float> acc[R][NV] = {};
-        for (int k = 0; k < kc; k += 2, a += MR, b += NR)
+        for (int k = 0; k < kc; k += 2, a += MR, b += NR, next += 2 * VL<float>) {
+            prefetch_l2(next);
 #pragma GCC unroll 16
             for (int i = 0; i < R; i++)
 #pragma GCC unroll 8
                 for (int j = 0; j < NV; j++)
                     acc[i][j] = dot_pairs(acc[i][j], pairs{} + a[i], load_raw<pairs>(b + j * VL<float>));
+        }
 #pragma GCC unroll 16
         for (int i = 0; i < R; i++)
 #pragma GCC unroll 8
@@ -80,9 +101,9 @@ template <class E> struct PairDot {
         static constexpr decltype(&tile_of<1>) table[] = {&tile_of<R + 1>...};
         return table[rows - 1];
     }
-    static void tile(int rows, int, int kc, const bf16* a, const bf16* b, float* c, int64_t ldc, bool add) {
+    static void tile(int rows, int, int kc, const bf16* a, const bf16* b, float* c, int64_t ldc, bool add, const bf16* next) {
         tile_for(rows, std::make_integer_sequence<int, MR>{})(kc, reinterpret_cast<const uint32_t*>(a),
-                                                              reinterpret_cast<const uint32_t*>(b), c, ldc, add);
+                                                              reinterpret_cast<const uint32_t*>(b), c, ldc, add, next);
     }
 };
 
@@ -204,7 +225,7 @@ template <class E, int PARTS> struct Tiles {
         tile_store<0>(c, bytes), tile_store<1>(c + 16, bytes);
         tile_store<2>(c + 16 * ldc, bytes), tile_store<3>(c + 16 * ldc + 16, bytes);
     }
-    static void tile(int rows, int columns, int kc, const E* a, const E* b, float* c, int64_t ldc, bool add) {
+    static void tile(int rows, int columns, int kc, const E* a, const E* b, float* c, int64_t ldc, bool add, const E*) {
         tile(rows, columns, kc, Rows{reinterpret_cast<const bf16*>(a)}, reinterpret_cast<const bf16*>(b), c, ldc, add);
     }
     static void tile(int rows, int columns, int kc, const Rows& a, const bf16* b, float* c, int64_t ldc, bool add) {

@@ -9,7 +9,17 @@
 
 template <class T> struct Dot {
     using S = compute_t<T>;
-    static constexpr int DM = DOT_ROWS, DN = 4, SUMS = DM * DN, L = VL<S>, STRIP = 32;
+    static constexpr bool PAIRS = HAS_PAIR_DOT && std::is_same_v<T, bf16>;  // two k to a lane, as they lie in memory
+    static constexpr int DM = DOT_ROWS, DN = 4, SUMS = DM * DN, L = VL<S>, STEP = PAIRS ? 2 * L : L, STRIP = 32;
+
+    template <class... Lanes> static auto read(const T* p, Lanes... lanes) {
+        if constexpr (PAIRS) return load_raw<pairs>(p, lanes...);
+        else return load(p, lanes...);
+    }
+    template <class V> static vec<S> multiply_add(vec<S> acc, V x, V w) {
+        if constexpr (PAIRS) return dot_pairs(acc, x, w);
+        else return acc + x * w;
+    }
 
     // sums[i * ld + j] = sum_k x[i][k] w[j][k], for i < rows <= DM and j < DN (rows of w past `columns` repeat the last one)
     static void tile(int rows, int columns, int64_t K, const T* x, int64_t ldx, const T* w, int64_t ldw, S* sums, int64_t ld) {
@@ -18,18 +28,18 @@ template <class T> struct Dot {
         for (int i = 0; i < DM; i++) xs[i] = x + std::min(i, rows - 1) * ldx;
         for (int j = 0; j < DN; j++) ws[j] = w + std::min(j, columns - 1) * ldw;
         auto step = [&](int64_t k, auto... lanes) {
-            vec<S> wk[DN];
+            decltype(read(w)) wk[DN];
 #pragma GCC unroll 4
-            for (int j = 0; j < DN; j++) wk[j] = load(ws[j] + k, lanes...);
+            for (int j = 0; j < DN; j++) wk[j] = read(ws[j] + k, lanes...);
 #pragma GCC unroll 4
             for (int i = 0; i < DM; i++) {
-                vec<S> xk = load(xs[i] + k, lanes...);
+                auto xk = read(xs[i] + k, lanes...);
 #pragma GCC unroll 4
-                for (int j = 0; j < DN; j++) acc[i * DN + j] += xk * wk[j];
+                for (int j = 0; j < DN; j++) acc[i * DN + j] = multiply_add(acc[i * DN + j], xk, wk[j]);
             }
         };
         int64_t k = 0;
-        for (; k + L <= K; k += L) step(k);
+        for (; k + STEP <= K; k += STEP) step(k);
         if (k < K) step(k, int(K - k));
         alignas(64) S total[SUMS];
         for (int s = 0; s < SUMS; s += L) {  // lane l of the sum of the transposed rows is the sum over the lanes of acc[s + l]
@@ -89,7 +99,7 @@ void tile_product(int64_t M, int64_t N, int64_t K, const bf16* x, int64_t ldx, c
             }
             if (direct < K) {
                 Micro::pack_a({w + n * ldw + direct, ldw, 1}, columns, K - direct, panel);
-                Micro::tile(W, M, K - direct, panel, xs + Micro::panel(W, direct), transposed, W, direct > 0);
+                Micro::tile(W, M, K - direct, panel, xs + Micro::panel(W, direct), transposed, W, direct > 0, panel);
             }
             for (int i = 0; i < W; i += L)
                 for (int j = 0; j < M; j += L) {
@@ -103,34 +113,45 @@ void tile_product(int64_t M, int64_t N, int64_t K, const bf16* x, int64_t ldx, c
     });
 }
 
-// C[M, N] = epilogue(A B) where the columns of B are contiguous.
-template <class E, class Epilogue, class Parallel>
-void sweep_product(int64_t M, int64_t N, int64_t K, Reader<E> A, Reader<E> B, const Epilogue& epilogue, const Parallel& parallel) {
-    using Micro = Fma<E>;
-    constexpr int MR = Micro::MR, NR = Micro::NR, STRIP = 16 * NR, ROWS = 16;
-    int64_t padded = round_up(M, MR);
-    E* a = scratch<E, 0>(padded * K + MR);
+// C[M, N] = epilogue(A B) where the columns of B are contiguous. Fma reads them as they lie; PairDot needs pairs of rows, so it packs a
+// panel at a time, which stays in the L1 cache.
+template <class Micro, class Epilogue, class Parallel>
+void sweep_product(int64_t M, int64_t N, int64_t K, Reader<typename Micro::Element> A, Reader<typename Micro::Element> B,
+                   const Epilogue& epilogue, const Parallel& parallel) {
+    using E = typename Micro::Element;
+    using Sum = typename Micro::Sum;
+    constexpr bool AS_IT_LIES = std::is_same_v<E, Sum>;
+    constexpr int MR = Micro::MR, NR = Micro::NR, STRIP = 16 * NR, ROWS = AS_IT_LIES ? 16 : 32;
+    int64_t padded = round_up(M, MR), size = Micro::panel(MR, K);
+    E* a = scratch<E, 0>(padded / MR * size);
     for (int64_t m = 0; m < M; m += MR)
         for (int64_t k = 0; k < K; k += Micro::KC) {
             int rows = std::min<int64_t>(MR, M - m), kc = std::min<int64_t>(Micro::KC, K - k);
-            Micro::pack_a(A(m, rows, k, kc), rows, kc, a + m * K + k * MR);
+            Micro::pack_a(A(m, rows, k, kc), rows, kc, a + m / MR * size + Micro::panel(MR, k));
         }
     parallel((N + STRIP - 1) / STRIP, [&](int64_t begin, int64_t end) {
-        E *c = scratch<E, 2>(padded * STRIP), *edge = scratch<E, 1>(ROWS * NR);
+        Sum* c = scratch<Sum, 2>(padded * STRIP);
+        E* panel = scratch<E, 1>(Micro::panel(NR, ROWS));
         for (int64_t n = begin * STRIP; n < std::min(N, end * STRIP); n += STRIP) {
             int columns = std::min<int64_t>(STRIP, N - n);
             for (int64_t k = 0; k == 0 || k < K; k += ROWS) {
                 int kc = std::min<int64_t>(ROWS, K - k);
                 Block<E> b = B(n, columns, k, kc);
                 for (int j = 0; j < columns; j += NR) {
-                    const E* from = b.p + j;
-                    int64_t ldb = b.ks;
-                    if (columns - j < NR) Micro::pack_b({from, 1, ldb}, columns - j, kc, edge), from = edge, ldb = NR;
-                    for (int64_t m = 0; m < M; m += MR)
-                        Micro::tile(std::min<int64_t>(MR, M - m), kc, a + m * K + k * MR, from, ldb, c + m * STRIP + j, STRIP, k > 0);
+                    bool direct = AS_IT_LIES && columns - j >= NR;
+                    if (!direct) Micro::pack_b({b.p + j, 1, b.ks}, std::min(NR, columns - j), kc, panel);
+                    for (int64_t m = 0; m < M; m += MR) {
+                        int rows = std::min<int64_t>(MR, M - m);
+                        const E* am = a + m / MR * size + Micro::panel(MR, k);
+                        Sum* at = c + m * STRIP + j;
+                        if constexpr (AS_IT_LIES)
+                            Micro::tile(rows, kc, am, direct ? b.p + j : panel, direct ? b.ks : NR, at, STRIP, k > 0, am);
+                        else
+                            Micro::tile(rows, NR, kc, am, panel, at, STRIP, k > 0, am);
+                    }
                 }
             }
-            epilogue(Tile<E>{c, STRIP, 0, n, int(M), columns});
+            epilogue(Tile<Sum>{c, STRIP, 0, n, int(M), columns});
         }
     });
 }

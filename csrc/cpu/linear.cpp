@@ -14,8 +14,12 @@ namespace {
 constexpr const char* FORWARD = "linear_forward";
 constexpr const char* BACKWARD = "linear_backward";
 constexpr double PARTS_PAY = 128;  // harmonic size from which splitting numbers into parts costs less than it saves
-// Where the thin products beat packing. The dot product's sums across lanes need many k to pay, and widening half types costs it its lead.
-template <class T> bool dot_pays(int64_t M, int64_t K) { return M <= 4 || (M <= (sizeof(T) == 2 ? 16 : 64) && K >= 256); }
+// Where the thin products beat packing: sums across lanes need many k to pay, and a widened half type costs more to read than to multiply.
+template <class T> bool dot_pays(int64_t M, int64_t K) {
+    constexpr bool WIDENED = sizeof(T) == 2 && !Dot<T>::PAIRS;
+    return M <= 4 || (M <= (WIDENED ? 32 : 64) && K >= 256);
+}
+template <class T> using thin_micro = std::conditional_t<Dot<T>::PAIRS, PairDot<bf16>, Fma<compute_t<T>>>;
 constexpr int64_t SWEEP_ROWS = 16;
 constexpr int READ = 3;  // the scratch slot of the readers
 template <class T> using element_of = typename micro_for<T, true>::type::Element;
@@ -109,8 +113,8 @@ void input_gradient(Activation act, Matrix<T> dy, Matrix<T> saved, Matrix<T> wei
             [=](const auto& t) { store_tile(t, dx, K); });
     };
     if (M <= SWEEP_ROWS && weight.cs == 1)
-        product(compute_t<T>{}, [=](auto A, auto B, auto epilogue) {
-            sweep_product<compute_t<T>>(M, K, N, A, B, epilogue, split(M, N, K));
+        product(typename thin_micro<T>::Element{}, [=](auto A, auto B, auto epilogue) {
+            sweep_product<thin_micro<T>>(M, K, N, A, B, epilogue, split(M, N, K));
         });
     else
         product(element_of<T>{}, [=](auto A, auto B, auto epilogue) { multiply<T>(M, K, N, A, B, dx, epilogue); });
@@ -130,14 +134,17 @@ void weight_gradient(Activation act, Matrix<T> dy, Matrix<T> saved, Matrix<T> x,
 // Each thread owns strips of columns and adds their rows in order.
 template <class T> void activation_gradient(Activation act, Matrix<T> dy, Matrix<T> saved, T* dz, T* dbias, int64_t M, int64_t N) {
     using C = compute_t<T>;
-    constexpr int64_t STRIP = 8 * VL<C>;
+    constexpr int64_t WIDEST = 64 * VL<C>;  // a row of a strip and its sums stay in the L1 cache
+    int64_t strip = std::min(WIDEST, round_up((N + threads() - 1) / threads(), VL<C>));
     auto strips = [&](int64_t begin, int64_t end) {
-        for (int64_t n = begin * STRIP; n < std::min(N, end * STRIP); n += STRIP) {
-            int columns = std::min(STRIP, N - n);
-            alignas(64) C sum[STRIP] = {}, row[STRIP];
+        for (int64_t n = begin * strip; n < std::min(N, end * strip); n += strip) {
+            int columns = std::min(strip, N - n);
+            alignas(64) C sum[WIDEST] = {}, row[WIDEST];
             for (int64_t m = 0; m < M; m++) {
                 act.gradient(dy.p + m * dy.rs + n, saved.p ? saved.p + m * saved.rs + n : nullptr, row, columns);
                 for (int j = 0; j < columns; j += VL<C>) {
+                    prefetch_l2(dy.p + (m + 2) * dy.rs + n + j);
+                    if (saved.p) prefetch_l2(saved.p + (m + 2) * saved.rs + n + j);
                     store(sum + j, load(sum + j) + load(row + j));
                     if (dz) store(dz + m * N + n + j, load(row + j), columns - j);
                 }
@@ -145,7 +152,7 @@ template <class T> void activation_gradient(Activation act, Matrix<T> dy, Matrix
             for (int j = 0; dbias && j < columns; j += VL<C>) store(dbias + n + j, load(sum + j), columns - j);
         }
     };
-    parallel((N + STRIP - 1) / STRIP, strips, M * N < 1 << 16);
+    parallel((N + strip - 1) / strip, strips, M * N < 1 << 16);
 }
 
 Activation checked_activation(const char* op, int64_t code, double slope) {
