@@ -59,7 +59,7 @@ template <class E, int Slot> E* scratch(int64_t count) {
     }
     return static_cast<E*>(buffer.memory);
 }
-constexpr double SERIAL = 1 << 20;  // below this many multiply-adds, waking a thread costs more than it saves
+constexpr double SERIAL = 1 << 19;  // below this many multiply-adds, waking a thread costs more than it saves
 inline int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
 
 // ---- readers and panels ----------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -58,18 +59,21 @@ inline const Tensor& ranked(const char* op, const char* name, const Tensor& t, i
     return t;
 }
 
-// An uninitialised tensor of this shape. The system maps a fresh large one page by page as it is first written; we ask for large pages.
+// An uninitialised row-major tensor of this shape, from the C interface underneath torch::stable: new_empty there goes through the
+// dispatcher, which takes as long as a small product.
+// The system maps a fresh large one page by page as it is first written; we ask for large pages.
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape) {
-    torch::headeronly::IntHeaderOnlyArrayRef sizes(shape.begin(), shape.size());
-    Tensor t = [&] {
-        try {
-            return torch::stable::new_empty(like, sizes, like.scalar_type());
-        } catch (const std::exception&) {
-            std::ostringstream size;
-            for (int64_t n : shape) size << " x " << n;
-            fail("not enough memory for a result of ", size.str().substr(3), " elements of ", like.element_size(), " bytes");
-        }
-    }();
+    int64_t strides[8], step = 1;
+    for (size_t i = shape.size(); i-- > 0;) strides[i] = step, step *= std::max<int64_t>(shape.begin()[i], 1);
+    int32_t dtype;
+    AtenTensorHandle handle;
+    if (aoti_torch_get_dtype(like.get(), &dtype) != AOTI_TORCH_SUCCESS ||
+        aoti_torch_empty_strided(shape.size(), shape.begin(), strides, dtype, aoti_torch_device_type_cpu(), 0, &handle) != AOTI_TORCH_SUCCESS) {
+        std::ostringstream size;
+        for (int64_t n : shape) size << " x " << n;
+        fail("not enough memory for a result of ", size.str().substr(3), " elements of ", like.element_size(), " bytes");
+    }
+    Tensor t(handle);
 #ifdef MADV_HUGEPAGE
     constexpr uintptr_t PAGE = 2 << 20;
     uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr()), end = begin + t.numel() * t.element_size();
