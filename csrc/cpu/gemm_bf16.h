@@ -9,7 +9,7 @@
 // Parts of an Inf or of a number near the underflow threshold would not add up: a panel that holds one is refused, and the rectangle is
 // computed with the vector units instead.
 #pragma once
-#include "gemm.h"
+#include "gemm_micro.h"
 
 // One square of VL rows x VL pairs: out[r] holds the pairs of row r (BY_ROW), or out[j] holds pair j of every row. Zero outside rows x kc.
 template <bool BY_ROW> void load_square(Block<bf16> x, int rows, int kc, pairs (&out)[VL<float>]) {
@@ -43,7 +43,7 @@ template <class E> struct PairDot {
     static constexpr int KC = 512, MC = 8 * MR, NC = 16 * VL<float>;
 
     struct Session {};
-    static int64_t panel(int64_t width, int kc) { return width * round_up(kc, 2); }
+    static int64_t panel(int64_t width, int64_t kc) { return width * round_up(kc, 2); }
     template <int W> static bool pack_pairs(Block<bf16> block, int rows, int kc, bf16* panel) {
         constexpr int L = VL<float>;
         auto* out = reinterpret_cast<uint32_t*>(panel);
@@ -89,21 +89,11 @@ template <class E> struct PairDot {
                 for (int j = 0; j < NV; j++)
                     acc[i][j] = dot_pairs(acc[i][j], pairs{} + a[i], load_raw<pairs>(b + j * VL<float>));
         }
-#pragma GCC unroll 16
-        for (int i = 0; i < R; i++)
-#pragma GCC unroll 8
-            for (int j = 0; j < NV; j++) {
-                float* at = c + i * ldc + j * VL<float>;
-                store(at, add ? load(at) + acc[i][j] : acc[i][j]);
-            }
-    }
-    template <int... R> static auto tile_for(int rows, std::integer_sequence<int, R...>) {
-        static constexpr decltype(&tile_of<1>) table[] = {&tile_of<R + 1>...};
-        return table[rows - 1];
+        put(acc, c, ldc, add);
     }
     static void tile(int rows, int, int kc, const bf16* a, const bf16* b, float* c, int64_t ldc, bool add, const bf16* next) {
-        tile_for(rows, std::make_integer_sequence<int, MR>{})(kc, reinterpret_cast<const uint32_t*>(a),
-                                                              reinterpret_cast<const uint32_t*>(b), c, ldc, add, next);
+        auto *pa = reinterpret_cast<const uint32_t*>(a), *pb = reinterpret_cast<const uint32_t*>(b);
+        tile_for<PairDot>(rows, std::make_integer_sequence<int, MR>{})(kc, pa, pb, c, ldc, add, next);
     }
 };
 
@@ -117,7 +107,7 @@ template <class E, int PARTS> struct Tiles {
     static constexpr int KC = PARTS == 1 ? 256 : 128, MC = PARTS == 1 ? 128 : 256, NC = PARTS == 1 ? 256 : 512;
 
     using Session = TileSession;
-    static int64_t panel(int64_t width, int kc) { return width * round_up(kc, STEP) * PARTS * int64_t(sizeof(bf16)) / int64_t(sizeof(E)); }
+    static int64_t panel(int64_t width, int64_t kc) { return width * round_up(kc, STEP) * PARTS * int64_t(sizeof(bf16)) / int64_t(sizeof(E)); }
 
     // Split 16 rows x 32 k of float into parts, each truncated to its upper half; the rest is exact. False where the parts do not add up.
     static bool split(Block<float> x, int rows, int kc, bf16 (&out)[PARTS][SQUARE]) {

@@ -5,6 +5,7 @@
 //   tiles  the same on AMX: 32 rows of w are the tiles' rows, straight from memory, and the few rows of x their packed columns
 //   sweep  B's columns are contiguous (dx = dz W): a few rows of B at a time sweep over C, which stays in the cache
 #pragma once
+#include "gemm.h"
 #include "gemm_bf16.h"
 
 template <class T> struct Dot {

@@ -1,0 +1,146 @@
+// Panels and the micro-kernel that multiplies them: what gemm.h drives.
+//
+//   Block, Reader   an operand where it lies, or where a reader put it
+//   pack            its panels: [kc][MR] of A, [kc][NR] of B, padded with zeros
+//   Fma             an MR x NR tile of sums, all in registers, from one panel of each
+#pragma once
+#include <algorithm>
+#include <cstdlib>
+#include <new>
+
+#include "simd.h"
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+// ---- small tools ---------------------------------------------------------------------------------------------------------------
+
+template <class> class function_ref;
+template <class R, class... Args> class function_ref<R(Args...)> {  // a borrowed callable: two pointers, no allocation
+    const void* object;
+    R (*call)(const void*, Args...);
+
+  public:
+    template <class F> function_ref(const F& f)
+        : object(&f), call([](const void* o, Args... args) -> R { return (*static_cast<const F*>(o))(args...); }) {}
+    R operator()(Args... args) const { return call(object, args...); }
+};
+
+// Scratch memory that lives as long as its thread; `Slot` tells buffers in use at the same time apart.
+template <class E, int Slot> E* scratch(int64_t count) {
+    struct Buffer {
+        void* memory = nullptr;
+        int64_t size = 0;
+        ~Buffer() { free(memory); }
+    };
+    static thread_local Buffer buffer;
+    int64_t size = count * int64_t(sizeof(E));
+    if (size > buffer.size) {
+        int64_t page = size < (1 << 20) ? 4096 : 2 << 20;
+        size = (size + page - 1) / page * page;
+        free(buffer.memory);
+        buffer.size = 0;
+        if (!(buffer.memory = aligned_alloc(page, size))) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+        if (page > 4096) madvise(buffer.memory, size, MADV_HUGEPAGE);  // a walk over megabytes of panels would miss the TLB at every step
+#endif
+        buffer.size = size;
+    }
+    return static_cast<E*>(buffer.memory);
+}
+inline int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
+
+// ---- readers and panels ----------------------------------------------------------------------------------------------------------
+
+// Element (r, k) of an operand is p[r * rs + k * ks]; r is a row of A or a column of B, and rs or ks is 1.
+template <class E> struct Block {
+    const E* p;
+    int64_t rs, ks;
+};
+template <class E> using Reader = function_ref<Block<E>(int64_t r0, int rows, int64_t k0, int kc)>;
+
+// While one line of an operand is packed, the line AHEAD bytes further on is on its way to L2: a panel's rows lie far apart, so the
+// hardware does not see them coming. (L1 would be the wrong place: rows a power of two apart share its few ways.)
+constexpr int AHEAD = 256;
+template <class T> inline void prefetch_l2(const T* p) { __builtin_prefetch(p, 0, 2); }
+
+// panel[k * W + r] = block(r, k), zero for r in [rows, W).
+template <int W, class E> bool pack(Block<E> block, int rows, int kc, E* panel) {
+    constexpr int L = VL<E>;
+    if (block.rs == 1) {
+        for (int k = 0; k < kc; k++)
+            for (int r = 0; r < W; r += L) {
+                prefetch_l2(block.p + (k + 8) * block.ks + r);
+                store(panel + k * W + r, load(block.p + k * block.ks + r, std::max(rows - r, 0)), W - r);
+            }
+        return true;
+    }
+    for (int k = 0; k < kc; k += L)
+        for (int r = 0; r < W; r += L) {
+            vec<E> square[L];
+#pragma GCC unroll 16
+            for (int i = 0; i < L; i++) {
+                const E* p = block.p + (r + i) * block.rs + k;
+                prefetch_l2(p + AHEAD / sizeof(E));
+                square[i] = r + i < rows ? load(p, kc - k) : vec<E>{};
+            }
+            transpose(square);
+            for (int i = 0; i < std::min(L, kc - k); i++) store(panel + (k + i) * W + r, square[i], W - r);
+        }
+    return true;
+}
+
+// ---- the micro-kernel: an MR x NR tile from one panel of A and one of B --------------------------------------------------------------
+
+// c[R, NV vectors] (+)= acc
+template <class E, int R> inline void put(const vec<E> (&acc)[R][NV], E* c, int64_t ldc, bool add) {
+#pragma GCC unroll 16
+    for (int i = 0; i < R; i++)
+#pragma GCC unroll 8
+        for (int j = 0; j < NV; j++) {
+            E* at = c + i * ldc + j * VL<E>;
+            store(at, add ? load(at) + acc[i][j] : acc[i][j]);
+        }
+}
+template <class Micro, int... R> auto tile_for(int rows, std::integer_sequence<int, R...>) {  // one function for each number of rows
+    static constexpr decltype(&Micro::template tile_of<1>) table[] = {&Micro::template tile_of<R + 1>...};
+    return table[rows - 1];
+}
+
+template <class E> struct Fma {
+    using Element = E;
+    using Sum = E;
+    static constexpr int MR = ::MR, NR = NV * VL<E>;
+    static constexpr int KC = 1536 / sizeof(E), MC = 8 * MR, NC = 16 * VL<E>;
+
+    struct Session {};  // set up once per rectangle; AMX has something to do there
+    static int64_t panel(int64_t width, int64_t kc) { return width * kc; }  // elements in a panel
+    // Packing says whether this micro-kernel can multiply what it read; the vector units take every number.
+    static bool pack_a(Block<E> block, int rows, int kc, E* panel) { return pack<MR>(block, rows, kc, panel); }
+    static bool pack_b(Block<E> block, int columns, int kc, E* panel) { return pack<NR>(block, columns, kc, panel); }
+    static constexpr bool writes_exactly(int) { return true; }  // the tile touches only the rows it was asked for
+
+    template <int R> static void tile_of(int kc, const E* a, const E* b, int64_t ldb, E* c, int64_t ldc, bool add, const E* next) {
+        vec<E> acc[R][NV] = {};
+        for (int i = 0; i < R; i++)
+            for (int j = 0; j < NV; j++) __builtin_prefetch(c + i * ldc + j * VL<E>, 1);
+        for (int k = 0; k < kc; k++, a += MR, b += ldb, next += VL<E>) {
+            prefetch_l2(next);
+            vec<E> bk[NV];
+#pragma GCC unroll 8
+            for (int j = 0; j < NV; j++) bk[j] = load(b + j * VL<E>);
+#pragma GCC unroll 16
+            for (int i = 0; i < R; i++)
+#pragma GCC unroll 8
+                for (int j = 0; j < NV; j++) acc[i][j] += set(a[i]) * bk[j];
+        }
+        put(acc, c, ldc, add);
+    }
+    // c[rows, NR] (+)= A panel * B, where row k of B starts at b + k * ldb; a vector of `next` per k is fetched into L2 meanwhile
+    static void tile(int rows, int kc, const E* a, const E* b, int64_t ldb, E* c, int64_t ldc, bool add, const E* next) {
+        tile_for<Fma>(rows, std::make_integer_sequence<int, MR>{})(kc, a, b, ldb, c, ldc, add, next);
+    }
+    static void tile(int rows, int, int kc, const E* a, const E* b, E* c, int64_t ldc, bool add, const E* next) {
+        tile(rows, kc, a, b, NR, c, ldc, add, next);
+    }
+};
