@@ -22,14 +22,19 @@ template <class T> struct Dot {
         else return acc + x * w;
     }
 
-    // sums[i * ld + j] = sum_k x[i][k] w[j][k], for i < rows <= DM and j < DN (rows of w past `columns` repeat the last one)
-    static void tile(int rows, int columns, int64_t K, const T* x, int64_t ldx, const T* w, int64_t ldw, S* sums, int64_t ld) {
+    // sums[i * ld + j] = sum_k x[i][k] w[j][k], for i < rows <= DM and j < DN (rows of w past `columns` repeat the last one).
+    // Meanwhile `ahead` rows of w from `next` on are fetched into L2.
+    static void tile(int rows, int columns, int64_t K, const T* x, int64_t ldx, const T* w, int64_t ldw, S* sums, int64_t ld,
+                     const T* next, int ahead) {
         vec<S> acc[SUMS] = {};
-        const T *xs[DM], *ws[DN];
+        const T *xs[DM], *ws[DN], *ns[DN];
         for (int i = 0; i < DM; i++) xs[i] = x + std::min(i, rows - 1) * ldx;
         for (int j = 0; j < DN; j++) ws[j] = w + std::min(j, columns - 1) * ldw;
+        for (int j = 0; j < DN; j++) ns[j] = j < ahead ? next + j * ldw : xs[0];
         auto step = [&](int64_t k, auto... lanes) {
             decltype(read(w)) wk[DN];
+#pragma GCC unroll 4
+            for (int j = 0; j < DN; j++) prefetch_l2(ns[j] + k);
 #pragma GCC unroll 4
             for (int j = 0; j < DN; j++) wk[j] = read(ws[j] + k, lanes...);
 #pragma GCC unroll 4
@@ -54,14 +59,20 @@ template <class T> struct Dot {
             for (int j = 0; j < columns; j++) sums[i * ld + j] = total[i * DN + j];
     }
 
+    // Columns [n0, n0 + columns) of C. A strip of w is read from memory once and from L2 for all further rows of x; so that the memory does
+    // not rest meanwhile, the tiles fetch the next strip, a share each.
     template <class Epilogue>
-    static void strip(int64_t M, int64_t n0, int columns, int64_t K, const T* x, int64_t ldx, const T* w, int64_t ldw,
+    static void strip(int64_t M, int64_t N, int64_t n0, int columns, int64_t K, const T* x, int64_t ldx, const T* w, int64_t ldw,
                       const Epilogue& epilogue) {
+        int64_t tiles = (M + DM - 1) / DM * (STRIP / DN), number = 0;
         for (int64_t m = 0; m < M; m += DM) {
             alignas(64) S sums[DM * STRIP];
             int rows = std::min<int64_t>(DM, M - m);
-            for (int j = 0; j < columns; j += DN)
-                tile(rows, std::min(DN, columns - j), K, x + m * ldx, ldx, w + (n0 + j) * ldw, ldw, sums + j, STRIP);
+            for (int j = 0; j < columns; j += DN, number++) {
+                int64_t next = std::min(N, n0 + STRIP + number * STRIP / tiles), end = std::min(N, n0 + STRIP + (number + 1) * STRIP / tiles);
+                tile(rows, std::min(DN, columns - j), K, x + m * ldx, ldx, w + (n0 + j) * ldw, ldw, sums + j, STRIP, w + next * ldw,
+                     end - next);
+            }
             epilogue(Tile<S>{sums, STRIP, m, n0, rows, columns});
         }
     }
@@ -74,7 +85,7 @@ void dot_product(int64_t M, int64_t N, int64_t K, const T* x, int64_t ldx, const
     constexpr int STRIP = Dot<T>::STRIP;
     parallel((N + STRIP - 1) / STRIP, [&](int64_t begin, int64_t end) {
         for (int64_t n = begin * STRIP; n < std::min(N, end * STRIP); n += STRIP)
-            Dot<T>::strip(M, n, std::min<int64_t>(STRIP, N - n), K, x, ldx, w, ldw, epilogue);
+            Dot<T>::strip(M, N, n, std::min<int64_t>(STRIP, N - n), K, x, ldx, w, ldw, epilogue);
     });
 }
 
@@ -140,6 +151,8 @@ void sweep_product(int64_t M, int64_t N, int64_t K, Reader<typename Micro::Eleme
                 Block<E> b = B(n, columns, k, kc);
                 for (int j = 0; j < columns; j += NR) {
                     bool direct = AS_IT_LIES && columns - j >= NR;
+                    for (int i = 0; direct && i < ROWS; i++)  // the rows that come next
+                        for (int v = 0; v < NV; v++) prefetch_l2(b.p + j + (ROWS + i) * b.ks + v * VL<Sum>);
                     if (!direct) Micro::pack_b({b.p + j, 1, b.ks}, std::min(NR, columns - j), kc, panel);
                     for (int64_t m = 0; m < M; m += MR) {
                         int rows = std::min<int64_t>(MR, M - m);
