@@ -107,7 +107,9 @@ template <class E, int PARTS> struct Tiles {
     static constexpr int KC = PARTS == 1 ? 256 : 128, MC = PARTS == 1 ? 128 : 256, NC = PARTS == 1 ? 256 : 512;
 
     using Session = TileSession;
-    static int64_t panel(int64_t width, int64_t kc) { return width * round_up(kc, STEP) * PARTS * int64_t(sizeof(bf16)) / int64_t(sizeof(E)); }
+    static int64_t panel(int64_t width, int64_t kc) {
+        return width * round_up(kc, STEP) * PARTS * int64_t(sizeof(bf16)) / int64_t(sizeof(E));
+    }
 
     // Split 16 rows x 32 k of float into parts, each truncated to its upper half; the rest is exact. False where the parts do not add up.
     static bool split(Block<float> x, int rows, int kc, bf16 (&out)[PARTS][SQUARE]) {

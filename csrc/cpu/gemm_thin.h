@@ -69,9 +69,10 @@ template <class T> struct Dot {
             alignas(64) S sums[DM * STRIP];
             int rows = std::min<int64_t>(DM, M - m);
             for (int j = 0; j < columns; j += DN, number++) {
-                int64_t next = std::min(N, n0 + STRIP + number * STRIP / tiles), end = std::min(N, n0 + STRIP + (number + 1) * STRIP / tiles);
-                tile(rows, std::min(DN, columns - j), K, x + m * ldx, ldx, w + (n0 + j) * ldw, ldw, sums + j, STRIP, w + next * ldw,
-                     end - next);
+                int64_t next = std::min(N, n0 + STRIP + number * STRIP / tiles);
+                int64_t end = std::min(N, n0 + STRIP + (number + 1) * STRIP / tiles);
+                tile(rows, std::min(DN, columns - j), K, x + m * ldx, ldx, w + (n0 + j) * ldw, ldw, sums + j, STRIP,
+                     w + next * ldw, end - next);
             }
             epilogue(Tile<S>{sums, STRIP, m, n0, rows, columns});
         }

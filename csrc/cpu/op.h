@@ -65,10 +65,10 @@ inline const Tensor& ranked(const char* op, const char* name, const Tensor& t, i
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape) {
     int64_t strides[8], step = 1;
     for (size_t i = shape.size(); i-- > 0;) strides[i] = step, step *= std::max<int64_t>(shape.begin()[i], 1);
-    int32_t dtype;
+    int32_t dtype, cpu = aoti_torch_device_type_cpu();
     AtenTensorHandle handle;
-    if (aoti_torch_get_dtype(like.get(), &dtype) != AOTI_TORCH_SUCCESS ||
-        aoti_torch_empty_strided(shape.size(), shape.begin(), strides, dtype, aoti_torch_device_type_cpu(), 0, &handle) != AOTI_TORCH_SUCCESS) {
+    if (aoti_torch_get_dtype(like.get(), &dtype) ||  // these return 0 when all went well
+        aoti_torch_empty_strided(shape.size(), shape.begin(), strides, dtype, cpu, 0, &handle)) {
         std::ostringstream size;
         for (int64_t n : shape) size << " x " << n;
         fail("not enough memory for a result of ", size.str().substr(3), " elements of ", like.element_size(), " bytes");
