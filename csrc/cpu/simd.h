@@ -184,6 +184,24 @@ template <int T> inline void tile_store(void* p, int64_t row_bytes) {
     asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(row_bytes), "i"(T) : "memory");
 }
 template <int C, int A, int B> inline void tile_dot() { asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B)); }
+#elif defined(EMULATE_TILES)  // the same in plain C++, for tests on a CPU without them
+constexpr bool HAS_TILES = true;
+struct TileSession {};
+inline thread_local uint32_t tile[8][16][16];
+template <int T> inline void tile_zero() { memset(tile[T], 0, sizeof(tile[T])); }
+template <int T> inline void tile_load(const void* p, int64_t row_bytes) {
+    for (int i = 0; i < 16; i++) memcpy(tile[T][i], static_cast<const char*>(p) + i * row_bytes, 64);
+}
+template <int T> inline void tile_store(void* p, int64_t row_bytes) {
+    for (int i = 0; i < 16; i++) memcpy(static_cast<char*>(p) + i * row_bytes, tile[T][i], 64);
+}
+template <int C, int A, int B> inline void tile_dot() {
+    for (int m = 0; m < 16; m++) {
+        vec<float> sum = load_raw<vec<float>>(tile[C][m]);
+        for (int k = 0; k < 16; k++) sum = dot_pairs(sum, pairs{} + tile[A][m][k], load_raw<pairs>(tile[B][k]));
+        store_raw(tile[C][m], sum);
+    }
+}
 #else
 constexpr bool HAS_TILES = false;
 struct TileSession {};
