@@ -31,11 +31,11 @@ template <class E> struct Operand {
     float operator()(int64_t r, int64_t k) const { return value(numbers[along_k ? r * K + k : k * rows + r]); }
 };
 
-static void parallel(int64_t n, auto body) {
+static const auto parallel = [](int64_t n, const auto& body) {
     std::vector<std::thread> team;
-    for (int64_t t = 0; t < n; t++) team.emplace_back([=] { body(t, t + 1); });
+    for (int64_t t = 0; t < n; t++) team.emplace_back([&, t] { body(t, t + 1); });
     for (auto& thread : team) thread.join();
-}
+};
 
 template <class E>
 static int compare(const char* what, const Operand<E>& a, const Operand<E>& b, const std::vector<float>& c, Fill fill) {
@@ -61,7 +61,7 @@ template <class Micro> static int product(const char* what, int64_t M, int64_t K
         for (int i = 0; i < t.rows; i++)
             for (int j = 0; j < t.columns; j++) c[(t.m + i) * N + t.n + j] = t.p[i * t.ld + j];
     };
-    Gemm<Micro>{M, N, K, A, B, epilogue}.run(threads, [](int64_t n, const auto& body) { parallel(n, [&](auto... part) { body(part...); }); });
+    Gemm<Micro>{M, N, K, A, B, epilogue}.run(threads, parallel);
     int wrong = compare(what, a, b, c, fill);
     if constexpr (std::is_same_v<E, bf16>)
         if (M <= 32 && K > 0 && layout == 3) {
