@@ -62,17 +62,17 @@ template <class Micro> struct Gemm {
         else if (!sums) sums = scratch<Sum, 4>(M * N);
         for (int64_t k = 0; (k == 0 || k < K) && good; k += deep)
             for (int64_t m = 0; m < M && good; m += tall) {
-                Part whole{{m, std::min(M, m + tall), 0, N}, k, std::min(K, k + deep)};
+                Rectangle all{m, std::min(M, m + tall), 0, N};
+                int64_t k1 = std::min(K, k + deep);
                 if ((M + N) * K <= ALONE) {
                     each([&](int64_t t) {
-                        Part part{rectangle(whole, t, threads), whole.k0, whole.k1};
-                        part.a = scratch<E, 0>(room(part.m1 - part.m0, MR, part.k1 - part.k0));
+                        Part part = with_room(rectangle(all, t, threads), k, k1);
                         return pack_a(part, 0, 1) && multiply(part, part);
                     });
                 } else {
-                    whole.a = scratch<E, 0>(room(whole.m1 - whole.m0, MR, whole.k1 - whole.k0));
-                    each([&](int64_t t) { return pack_a(whole, t, threads); });
-                    if (good) each([&](int64_t t) { return multiply(whole, rectangle(whole, t, threads)); });
+                    Part part = with_room(all, k, k1);
+                    each([&](int64_t t) { return pack_a(part, t, threads); });
+                    if (good) each([&](int64_t t) { return multiply(part, rectangle(part, t, threads)); });
                 }
             }
         if constexpr (std::is_same_v<E, Sum>)
@@ -107,6 +107,8 @@ template <class Micro> struct Gemm {
     static int64_t room(int64_t count, int width, int64_t kc) {
         return round_up(std::max<int64_t>(count, 0), width) / width * Micro::panel(width, kc);
     }
+    // A part with room for its panels of A in this thread's scratch.
+    static Part with_room(const Rectangle& r, int64_t k0, int64_t k1) { return {r, k0, k1, scratch<E, 0>(room(r.m1 - r.m0, MR, k1 - k0))}; }
 
     // Thread t's share of C: the threads form the grid that gives the slowest of them the least to compute and, of B, to pack.
     static Rectangle rectangle(const Rectangle& c, int64_t t, int64_t threads) {

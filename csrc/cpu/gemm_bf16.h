@@ -11,6 +11,14 @@
 #pragma once
 #include "gemm_micro.h"
 
+// Where columns are contiguous: VL rows of one k from row r on, a 32-bit lane each. Zero outside rows x kc.
+inline pairs one_k(Block<bf16> x, int rows, int kc, int r, int k) {
+    const bf16* p = x.p + k * x.ks + r;
+    prefetch_l2(p + ROWS_AHEAD * x.ks);
+    halves h = k >= kc || r >= rows ? halves{} : rows - r >= VL<float> ? load_raw<halves>(p) : load_raw<halves>(p, rows - r);
+    return __builtin_convertvector(h, pairs);
+}
+
 // One square of VL rows x VL pairs: out[r] holds the pairs of row r (BY_ROW), or out[j] holds pair j of every row. Zero outside rows x kc.
 template <bool BY_ROW> void load_square(Block<bf16> x, int rows, int kc, pairs (&out)[VL<float>]) {
     constexpr int L = VL<float>;
@@ -24,13 +32,8 @@ template <bool BY_ROW> void load_square(Block<bf16> x, int rows, int kc, pairs (
         if (!BY_ROW) transpose(out);
         return;
     }
-    auto row_of = [&](int k) {
-        prefetch_l2(at(0, k + 2 * L));
-        halves h = k >= kc ? halves{} : rows >= L ? load_raw<halves>(at(0, k)) : load_raw<halves>(at(0, k), rows);
-        return __builtin_convertvector(h, pairs);
-    };
 #pragma GCC unroll 16
-    for (int j = 0; j < L; j++) out[j] = row_of(2 * j) | row_of(2 * j + 1) << 16;
+    for (int j = 0; j < L; j++) out[j] = one_k(x, rows, kc, 0, 2 * j) | one_k(x, rows, kc, 0, 2 * j + 1) << 16;
     if (BY_ROW) transpose(out);
 }
 
@@ -48,15 +51,9 @@ template <class E> struct PairDot {
         constexpr int L = VL<float>;
         auto* out = reinterpret_cast<uint32_t*>(panel);
         if (block.rs == 1) {  // along whole lines: the halves of one would not meet in L1, where rows a power of two apart share few ways
-            auto row_of = [&](int k, int r) {
-                const bf16* p = block.p + k * block.ks + r;
-                prefetch_l2(p + 16 * block.ks);
-                halves h = k >= kc || r >= rows ? halves{} : rows - r >= L ? load_raw<halves>(p) : load_raw<halves>(p, rows - r);
-                return __builtin_convertvector(h, pairs);
-            };
             for (int k = 0; k < kc; k += 2, out += W)
                 for (int r = 0; r < W; r += L) {
-                    pairs both = row_of(k, r) | row_of(k + 1, r) << 16;
+                    pairs both = one_k(block, rows, kc, r, k) | one_k(block, rows, kc, r, k + 1) << 16;
                     if (W - r >= L) store_raw(out + r, both);
                     else store_raw(out + r, both, W - r);
                 }

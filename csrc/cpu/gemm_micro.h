@@ -59,9 +59,10 @@ template <class E> struct Block {
 };
 template <class E> using Reader = function_ref<Block<E>(int64_t r0, int rows, int64_t k0, int kc)>;
 
-// While one line of an operand is packed, the line AHEAD bytes further on is on its way to L2: a panel's rows lie far apart, so the
-// hardware does not see them coming. (L1 would be the wrong place: rows a power of two apart share its few ways.)
-constexpr int AHEAD = 256;
+// While one line of an operand is packed, the one AHEAD bytes (or, across its rows, ROWS_AHEAD rows) further on is on its way to L2: a
+// panel's rows lie far apart, so the hardware does not see them coming. (L1 would be the wrong place: rows a power of two apart share its
+// few ways.)
+constexpr int AHEAD = 256, ROWS_AHEAD = 16;
 template <class T> inline void prefetch_l2(const T* p) { __builtin_prefetch(p, 0, 2); }
 
 // panel[k * W + r] = block(r, k), zero for r in [rows, W).
@@ -70,7 +71,7 @@ template <int W, class E> bool pack(Block<E> block, int rows, int kc, E* panel) 
     if (block.rs == 1) {
         for (int k = 0; k < kc; k++)
             for (int r = 0; r < W; r += L) {
-                prefetch_l2(block.p + (k + 8) * block.ks + r);
+                prefetch_l2(block.p + (k + ROWS_AHEAD) * block.ks + r);
                 store(panel + k * W + r, load(block.p + k * block.ks + r, std::max(rows - r, 0)), W - r);
             }
         return true;

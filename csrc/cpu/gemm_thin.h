@@ -135,15 +135,10 @@ void sweep_product(int64_t M, int64_t N, int64_t K, Reader<typename Micro::Eleme
     using Sum = typename Micro::Sum;
     constexpr bool AS_IT_LIES = std::is_same_v<E, Sum>;
     constexpr int MR = Micro::MR, NR = Micro::NR, STRIP = 16 * NR, ROWS = AS_IT_LIES ? 16 : 32;
-    int64_t padded = round_up(M, MR), size = Micro::panel(MR, K);
-    E* a = scratch<E, 0>(padded / MR * size);
-    for (int64_t m = 0; m < M; m += MR)
-        for (int64_t k = 0; k < K; k += Micro::KC) {
-            int rows = std::min<int64_t>(MR, M - m), kc = std::min<int64_t>(Micro::KC, K - k);
-            Micro::pack_a(A(m, rows, k, kc), rows, kc, a + m / MR * size + Micro::panel(MR, k));
-        }
+    auto rows_of_a = Gemm<Micro>::with_room({0, M, 0, N}, 0, K);
+    Gemm<Micro>{M, N, K, A, B, epilogue}.pack_a(rows_of_a, 0, 1);
     parallel((N + STRIP - 1) / STRIP, [&](int64_t begin, int64_t end) {
-        Sum* c = scratch<Sum, 2>(padded * STRIP);
+        Sum* c = scratch<Sum, 2>(round_up(M, MR) * STRIP);
         E* panel = scratch<E, 1>(Micro::panel(NR, ROWS));
         for (int64_t n = begin * STRIP; n < std::min(N, end * STRIP); n += STRIP) {
             int columns = std::min<int64_t>(STRIP, N - n);
@@ -157,12 +152,12 @@ void sweep_product(int64_t M, int64_t N, int64_t K, Reader<typename Micro::Eleme
                     if (!direct) Micro::pack_b({b.p + j, 1, b.ks}, std::min(NR, columns - j), kc, panel);
                     for (int64_t m = 0; m < M; m += MR) {
                         int rows = std::min<int64_t>(MR, M - m);
-                        const E* am = a + m / MR * size + Micro::panel(MR, k);
+                        const E* a = rows_of_a.a_panel(m, k);
                         Sum* at = c + m * STRIP + j;
                         if constexpr (AS_IT_LIES)
-                            Micro::tile(rows, kc, am, direct ? b.p + j : panel, direct ? b.ks : NR, at, STRIP, k > 0, am);
+                            Micro::tile(rows, kc, a, direct ? b.p + j : panel, direct ? b.ks : NR, at, STRIP, k > 0, a);
                         else
-                            Micro::tile(rows, NR, kc, am, panel, at, STRIP, k > 0, am);
+                            Micro::tile(rows, NR, kc, a, panel, at, STRIP, k > 0, a);
                     }
                 }
             }

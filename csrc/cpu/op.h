@@ -63,7 +63,7 @@ inline const Tensor& ranked(const char* op, const char* name, const Tensor& t, i
 // dispatcher, which takes as long as a small product.
 // The system maps a fresh large one page by page as it is first written; we ask for large pages.
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape) {
-    int64_t strides[8], step = 1;
+    int64_t strides[8], step = 1;  // no result has more dimensions
     for (size_t i = shape.size(); i-- > 0;) strides[i] = step, step *= std::max<int64_t>(shape.begin()[i], 1);
     int32_t dtype, cpu = aoti_torch_device_type_cpu();
     AtenTensorHandle handle;

@@ -15,7 +15,7 @@
 #include <immintrin.h>
 #endif
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(EMULATE_TILES)  // a row of a tile is one vector
 constexpr int VECTOR_BYTES = 64, MR = 14, NV = 2, DOT_ROWS = 4;  // register tile: 28 accumulators + 2 of B + 1 of A, of 32 registers
 #elif defined(__AVX2__)
 constexpr int VECTOR_BYTES = 32, MR = 6, NV = 2, DOT_ROWS = 2;   // 12 + 2 + 1, of 16
