@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,7 +20,10 @@ from dlkernels import OPS
 from dlkernels.backend import TRITON_ON_CPU
 from dlkernels.bench.check import allowed_error, relative_error
 from dlkernels.bench.inputs import arguments, dtype_name, is_differentiable, label
-from dlkernels.registry import FLOATS, Op
+from dlkernels.registry import FLOATS, Cost, Op
+
+COMMAND = [sys.executable, "-m", "dlkernels"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 Args = tuple[Any, ...]
 Results = dict[str, Tensor]
@@ -231,8 +235,27 @@ def isolated(test: Callable[[], None]) -> Callable[[], None]:
     return in_child
 
 
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    return x @ weight
+
+
+def toy(call: Callable[..., Any] = product, **changes: Any) -> Op:
+    """y = x weight: an op whose kernel is the test's to choose."""
+    op = Op(
+        name="toy", module="toy", call=call, reference=product, native=product,
+        make=lambda factory, M, K, N: (factory(M, K), factory(K, N)),
+        samples=[{"M": 3, "K": 4, "N": 5}, {"M": 0, "K": 2, "N": 2}],
+        bench=[{"M": 8, "K": 8, "N": 8}, {"M": 16, "K": 16, "N": 16}], quick=[{"M": 8, "K": 8, "N": 8}],
+        cost=lambda M, K, N: Cost(2 * M * K * N, 4 * M * K * N, M * K + K * N + M * N, 2 * (M * K + K * N + M * N)),
+        raw=("toy",), supports=lambda *args: None,
+    )  # fmt: skip
+    return replace(op, **changes)
+
+
 __all__ = [
+    "COMMAND",
     "DTYPES",
+    "ENVIRONMENT",
     "LAYOUTS",
     "SMALL",
     "Args",
@@ -257,9 +280,11 @@ __all__ = [
     "map_tensors",
     "middle",
     "moderate",
+    "product",
     "raw_calls",
     "results",
     "run_child",
     "samples",
     "threads",
+    "toy",
 ]

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
 import re
 import shutil
 import signal
-import struct
 import subprocess
-import sys
 import time
 from dataclasses import replace
-from fcntl import ioctl
 from pathlib import Path
-from termios import TIOCSWINSZ
 from typing import Any
 
 import pytest
 import torch
+from support import COMMAND, ENVIRONMENT
 from torch import Tensor
 
 import dlkernels
@@ -29,8 +24,6 @@ from dlkernels.bench import suite
 from dlkernels.cli import run
 from dlkernels.models import MODELS
 
-COMMAND = [sys.executable, "-m", "dlkernels"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 FAST = replace(suite.QUICK, min_seconds=0.0, min_samples=3, max_seconds=0.1)
 
 
@@ -71,24 +64,6 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str,
 
 def started(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, env=ENVIRONMENT, timeout=120, **options)
-
-
-def on_terminal(*arguments: str, width: int = 80) -> list[str]:
-    """The lines that a terminal of `width` columns gets to see."""
-    master, slave = pty.openpty()
-    ioctl(slave, TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
-    environment = {name: value for name, value in ENVIRONMENT.items() if name not in ("COLUMNS", "NO_COLOR")} | {"TERM": "xterm-256color"}
-    process = subprocess.Popen([*COMMAND, *arguments], stdin=slave, stdout=slave, stderr=slave, env=environment)
-    os.close(slave)
-    seen = b""
-    try:
-        while block := os.read(master, 65536):
-            seen += block
-    except OSError:  # the terminal closes when the command ends
-        pass
-    process.wait(timeout=60)
-    os.close(master)
-    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", seen.decode()).splitlines()  # a carriage return ends a line too
 
 
 # what is here
@@ -279,33 +254,3 @@ def test_a_wrong_command_line_says_what_is_right(arguments: tuple[str, ...], wor
 def test_a_file_that_cannot_be_written_is_an_error_before_the_work(command: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = said(capsys, *command, "/dev/null/results.html")
     assert code == 1 and not out and "cannot write" in err
-
-
-# the process
-
-
-def test_the_command_is_there_in_every_spelling() -> None:
-    for module in ("dlkernels", "dlkernels.cli"):
-        result = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, env=ENVIRONMENT, timeout=60)
-        assert result.returncode == 0
-        assert all(name in result.stdout for name in ("info", "check", "bench", "report", "show", "train", "tune"))
-
-
-def test_importing_the_package_does_not_import_the_command() -> None:
-    code = "import sys, dlkernels; print([m for m in ('click', 'rich', 'jinja2', 'dlkernels.cli', 'dlkernels.bench') if m in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT, timeout=60, check=True)
-    assert result.stdout.strip() == "[]"
-
-
-@pytest.mark.parametrize(
-    "arguments", [("info",), ("check", "linear", "--dtype", "float32", "--device", "cpu"), ("show", "linear"), ("--help",)]
-)
-def test_lines_fit_a_terminal_of_80_columns(arguments: tuple[str, ...]) -> None:
-    lines = on_terminal(*arguments)
-    assert lines and max(map(len, lines)) <= 80, max(lines, key=len)
-
-
-def test_a_closed_pipe_is_no_error() -> None:
-    command = " ".join([*COMMAND, "show", "linear", "|", "head", "-n", "1"])
-    result = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, env=ENVIRONMENT, timeout=60)
-    assert "Traceback" not in result.stderr and result.returncode == 0 and len(result.stdout.splitlines()) == 1

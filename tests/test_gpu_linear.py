@@ -1,6 +1,7 @@
 """The Triton launchers of linear: on a CUDA device where there is one, else in Triton's interpreter, in a process of its own.
 
-The interpreter has to be chosen before a kernel is imported, so without a GPU the first test runs this file again with TRITON_INTERPRET=1.
+The interpreter has to be chosen before a kernel is imported, so without a GPU the first test runs this file again with TRITON_INTERPRET=1:
+that is why it stays one file, of a little over 300 lines.
 bf16 is left to the GPU: the interpreter computes it wrongly.
 """
 
