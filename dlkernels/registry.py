@@ -39,6 +39,8 @@ class Op:
         raw: names of the registered ops ``torch.ops.dlkernels.<raw>`` that do the work.
         supports: the reason why the reference runs for these arguments, or None where a kernel does.
         dtypes: what both twins compute. peers: further opponents by name.
+        rival: what the benchmark races as eager where it draws random numbers of its own, so that ``native`` has to be a deterministic
+            twin of ``reference``.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Op:
     tiny: Sequence[Mapping[str, Any]] = ()
     dtypes: Sequence[torch.dtype] = FLOATS
     peers: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    rival: Callable[..., Any] | None = None
 
 
 OPS: dict[str, Op] = {}

@@ -60,6 +60,11 @@ def moderate(op: Op, size: Mapping[str, Any], dtype: torch.dtype) -> Args:
     return map_tensors(lambda t: t / 4, arguments(op, size, dtype))
 
 
+def smallest(op: Op) -> Mapping[str, Any]:
+    """The smallest sample that holds more than a few numbers."""
+    return min((size for size in op.samples if elements(op, size) >= 4), key=lambda size: elements(op, size))
+
+
 def integers(op: Op, size: Mapping[str, Any], dtype: torch.dtype) -> Args:
     """Arguments of whole numbers from -3 to 3: products and sums of them are exact in every dtype's accumulator."""
     generator = torch.Generator().manual_seed(0)
@@ -285,6 +290,7 @@ __all__ = [
     "results",
     "run_child",
     "samples",
+    "smallest",
     "threads",
     "toy",
 ]

@@ -114,7 +114,7 @@ def check_by_differences(op: Op, check: Callable[..., bool]) -> None:
 def test_layouts(op: Op, dtype: torch.dtype, layout: Any) -> None:
     """Each argument in turn, then dy, then all of them, laid out unusually."""
     everything = tuple(range(len(op.make(torch.empty, **op.samples[0]))))
-    for size in [middle(op)] if SMALL else [middle(op), largest(op), next(s for s in op.samples if len(s.get("lead", ())) > 2)]:
+    for size in [middle(op)] if SMALL else [middle(op), largest(op), *[s for s in op.samples if len(s.get("lead", ())) > 2][:1]]:
         args = moderate(op, size, dtype)
         dys = cotangents(op, args)
         some = [(i,) for i in differentiable(args)] + [()] if size is middle(op) else []
@@ -149,7 +149,13 @@ def test_nan_and_inf_propagate(op: Op, dtype: torch.dtype) -> None:
 def assert_same_places(op: Op, args: Args, dys: Args, what: str) -> None:
     """Where native or the float64 definition have NaN, so have we, and nowhere else; the same for infinities. (Either will do: native's
     vectorised float32 gelu makes NaN of infinity, its scalar one does not.)"""
-    ours, native, exact = results(op, op.call, args, dys), results(op, op.native, args, dys), exact_results(op, args, dys)
+    try:
+        native = results(op, op.native, args, dys)
+    except RuntimeError as refused:  # some ops take only numbers from a range
+        with pytest.raises(type(refused)):
+            results(op, op.call, args, dys)
+        return
+    ours, exact = results(op, op.call, args, dys), exact_results(op, args, dys)
     for name, value in ours.items():
         for kind in (torch.isnan, torch.isposinf, torch.isneginf):
             found, allowed = kind(value), (kind(native[name]), kind(exact[name]))
@@ -184,7 +190,9 @@ def test_a_wrong_result_is_noticed(op: Op) -> None:
     dys = cotangents(op, args)
     right = results(op, op.call, args, dys)
     for name, value in right.items():
-        for wrong in (value.roll(1, -1), value[..., :-1], value.where(value < value.max(), float("nan"))):
+        one_off = value.clone()
+        one_off.view(-1)[0] += value.abs().max() + 1
+        for wrong in (one_off, value[None], value.where(value < value.max(), float("nan"))):
             spoiled: Results = right | {name: wrong}
             with pytest.raises(AssertionError):
                 assert_accurate(op, args, dys, spoiled)

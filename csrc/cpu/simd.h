@@ -48,6 +48,18 @@ template <class V> inline V max(V a, V b) { return a > b ? a : b; }
 template <class V> inline V min(V a, V b) { return a < b ? a : b; }
 template <class V> inline V abs(V a) { return a < 0 ? -a : a; }
 
+// Combine the lanes of a vector with f, in halves: lane i with lane i + n/2, and so on.
+template <int W, class V, class F, int... L> inline V fold(V v, const F& f, std::integer_sequence<int, L...> lanes) {
+    if constexpr (W == 0) return v;
+    else return fold<W / 2>(f(v, __builtin_shufflevector(v, v, ((L + W) % int(sizeof...(L)))...)), f, lanes);
+}
+template <class V> constexpr int LANES = sizeof(V) / sizeof(V{}[0]);
+template <class V, class F> inline auto fold(V v, const F& f) {
+    return fold<LANES<V> / 2>(v, f, std::make_integer_sequence<int, LANES<V>>{})[0];
+}
+template <class V> inline auto sum(V v) { return fold(v, [](V a, V b) { return a + b; }); }
+template <class V> inline auto largest(V v) { return fold(v, [](V a, V b) { return max(a, b); }); }
+
 // ---- raw loads and stores of V, whole or of its first n lanes ------------------------------------------------------------------
 
 template <class V, class T> inline V load_raw(const T* p) {

@@ -16,20 +16,18 @@ Work        2MNK flops forward, 4MNK backward; MK + NK + N + MN elements moved f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backend import PLAIN_TENSORS, apply_function, define, is_tracing
-from ..registry import FLOATS, Cost, Op, register
+from ..backend import apply_function, define
+from ..contract import Optionals, autocast_dtype, needs_grad, reference_gradients, require_tensors, unsupported
+from ..registry import Cost, Op, register
 
 __all__ = ["linear", "linear_act", "linear_relu"]
-
-
-Optionals = tuple[Tensor | None, ...]  # what was not asked for is None
 
 
 class Activation(NamedTuple):
@@ -116,7 +114,7 @@ class _Linear(torch.autograd.Function):
             return None, None, None, None, None
         x, weight, bias, saved = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: differentiate the definition, so that second derivatives exist
-            return *_reference_gradients(dy, x, weight, bias, ctx.act, ctx.slope, ctx.needs_input_grad[:3]), None, None
+            return reference_gradients(_reference, (x, weight, bias, ctx.act, ctx.slope), ctx.needs_input_grad, dy)
         return *_backward(dy, x, weight, saved, ctx.act.code, ctx.slope, *ctx.needs_input_grad[:3]), None, None
 
 
@@ -124,37 +122,11 @@ def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation, 
     return act.reference(F.linear(x, weight, bias), slope)
 
 
-def _reference_gradients(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation, slope: float, needs: Sequence[bool]
-) -> tuple[Tensor | None, ...]:
-    """The gradients that are needed, as differentiable functions of every argument."""
-    needed = [i for i, need in enumerate(needs) if need]
-
-    def definition(*wanted: Tensor) -> Tensor:
-        arguments: list[Any] = [x, weight, bias]
-        for i, t in zip(needed, wanted, strict=True):
-            arguments[i] = t
-        return _reference(arguments[0], arguments[1], arguments[2], act, slope)
-
-    vjp: Callable[[Tensor], tuple[Tensor, ...]] = torch.func.vjp(definition, *((x, weight, bias)[i] for i in needed))[1]
-    found = dict(zip(needed, vjp(dy), strict=True))
-    return tuple(found.get(i) for i in range(3))
-
-
 def _unsupported(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
     """Why the definition in PyTorch's own operations runs for these arguments, or None where a kernel does. On the path of every call."""
-    on_cpu = getattr(x, "is_cpu", False)
-    for name, t in (("input", x), ("weight", weight)) if bias is None else (("input", x), ("weight", weight), ("bias", bias)):
-        if type(t) not in PLAIN_TENSORS and not is_tracing(t):
-            return f"{name} is a {type(t).__name__}; kernels take plain tensors"
-        if t.dtype not in FLOATS:
-            return f"{name} has dtype {t.dtype}; kernels take float32, float64, bfloat16 and float16"
-        if t.layout is not torch.strided:
-            return f"{name} has layout {t.layout}; kernels take strided tensors"
-        if t.is_cpu != on_cpu or not (on_cpu or t.device == x.device):
-            return f"{name} is on {t.device} and input on {x.device}"
-    if not on_cpu and x.device.type not in ("cuda", "meta"):
-        return f"input is on {x.device.type}; kernels run on cpu and cuda"
+    reason = unsupported(("input", x), ("weight", weight), optional=(("bias", bias),))
+    if reason is not None:
+        return reason
     x_shape, weight_shape = x.shape, weight.shape
     fits = len(x_shape) > 0 and len(weight_shape) == 2 and x_shape[-1] == weight_shape[1]
     if not fits or (bias is not None and bias.shape != (weight_shape[0],)):
@@ -169,9 +141,8 @@ def _shapes(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
 
 def _without_kernel(reason: str, x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation, slope: float) -> Tensor:
     """What PyTorch makes of arguments that no kernel takes: its result, or its error with the arguments named."""
-    for name, t in (("input", x), ("weight", weight), ("bias", bias)):
-        if not isinstance(t, Tensor) and not (name == "bias" and t is None):
-            raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
+    require_tensors(("input", x), ("weight", weight), optional=(("bias", bias),))
+    for t in (x, weight, bias):
         if t is not None and t.device != x.device:
             raise RuntimeError(f"{reason}; all tensors must be on one device")
     try:
@@ -208,13 +179,12 @@ def linear_act(
     reason = _unsupported(input, weight, bias)
     if reason is not None:
         return _without_kernel(reason, input, weight, bias, act, negative_slope)
-    kind = "cpu" if input.is_cpu else input.device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
+    dtype = autocast_dtype(input)
+    if dtype is not None:
         input, weight = _autocast(input, dtype), _autocast(weight, dtype)
         bias = bias if bias is None else _autocast(bias, dtype)
     x = input if input.dim() == 2 else input.reshape(input.shape[:-1].numel(), input.shape[-1])
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
+    if needs_grad(x, weight, bias):
         y = apply_function(_Linear, x, weight, bias, act, negative_slope)
         y = y[0] if act.keeps == "z" else y
     else:

@@ -1,0 +1,87 @@
+"""What contracts share: which tensors the kernels take, what autocast makes of them, and the gradients of a definition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backend import PLAIN_TENSORS, is_tracing
+from .registry import FLOATS
+
+Optionals = tuple[Tensor | None, ...]  # what was not asked for is None
+
+
+Named = tuple[str, Any]  # (name of an argument, its value)
+
+
+def unsupported(*required: Named, optional: tuple[Named, ...] = (), indices: Sequence[str] = ()) -> str | None:
+    """Why no kernel takes these tensors, or None where one does. ``optional`` ones may be None. On the path of every call.
+
+    Kernels take plain strided tensors on one device, cpu or cuda, of a float type; those named in ``indices`` of int64. That shapes and
+    dtypes fit each other is for the caller to see.
+    """
+    first, x = required[0]
+    on_cpu = getattr(x, "is_cpu", False)
+    for name, t in required + optional if optional else required:
+        if type(t) not in PLAIN_TENSORS:
+            if t is None and (name, t) in optional:
+                continue
+            if not is_tracing(t):
+                return f"{name} is a {type(t).__name__}; kernels take plain tensors"
+        if t.dtype not in FLOATS if name not in indices else t.dtype != torch.int64:
+            return f"{name} has dtype {t.dtype}; kernels take {'int64' if name in indices else 'float32, float64, bfloat16 and float16'}"
+        if t.layout is not torch.strided:
+            return f"{name} has layout {t.layout}; kernels take strided tensors"
+        if t.is_cpu != on_cpu or not (on_cpu or t.device == x.device):
+            return f"{name} is on {t.device} and {first} on {x.device}"
+    if not on_cpu and x.device.type not in ("cuda", "meta"):
+        return f"{first} is on {x.device.type}; kernels run on cpu and cuda"
+    return None
+
+
+def require_tensors(*required: Named, optional: Sequence[Named] = ()) -> None:
+    """Raise TypeError for the first argument that is no tensor; ``optional`` ones may be None."""
+    for name, t in (*required, *(named for named in optional if named[1] is not None)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype of the autocast that is active for the device of ``x``, or None."""
+    kind = "cpu" if x.is_cpu else x.device.type
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
+
+
+def in_float32(*tensors: Tensor | None) -> Optionals:
+    """What autocast does to the arguments of an op on its float32 list: half types are widened, float64 stays."""
+    return tuple(t.float() if t is not None and t.is_floating_point() and t.dtype.itemsize < 4 else t for t in tensors)
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether a call with these arguments must be recorded for backward."""
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
+
+
+def reference_gradients(definition: Callable[..., Any], args: Sequence[Any], needs: Sequence[bool], dys: Any) -> Optionals:
+    """The gradients of ``definition(*args)`` for the arguments that ``needs`` marks, None for the others.
+
+    They are differentiable functions of every argument and of ``dys`` (shaped like the definition's result), so second derivatives exist.
+    """
+    needed = [i for i, need in enumerate(needs) if need]
+
+    def of_needed(*wanted: Tensor) -> Any:
+        arguments = list(args)
+        for i, t in zip(needed, wanted, strict=True):
+            arguments[i] = t
+        return definition(*arguments)
+
+    vjp: Callable[[Any], tuple[Tensor, ...]] = torch.func.vjp(of_needed, *(args[i] for i in needed))[1]
+    found = dict(zip(needed, vjp(dys), strict=True))
+    return tuple(found.get(i) for i in range(len(args)))
