@@ -1,7 +1,7 @@
 """The training loop on real data, the same text for native PyTorch and for dlkernels.
 
 train("mlp")                    one run with dlkernels' layers and optimizers
-train("mlp", nn=torch.nn)       the same run in native PyTorch: same data order, same first weights, same dropout masks
+train("mlp", nn=torch.nn)       the same run in native PyTorch: same data order, same first weights (dropout draws masks of its own)
 compare("mlp")                  both, epoch by epoch in turns, and the time of one step
 """
 
@@ -36,6 +36,7 @@ class History:
     val_loss: list[float] = field(default_factory=list)
     val_accuracy: list[float] = field(default_factory=list)
     first_losses: list[float] = field(default_factory=list)  # of the first FIRST_STEPS steps
+    random_layers: bool = False  # dropout: two worlds draw different masks, so their curves agree on average only
     seconds: float = 0.0  # in training and validation
     interrupted: bool = False
 
@@ -79,10 +80,12 @@ class Run:
         self.data = spec.data().to(self.device, dtype)
         with _random_numbers(seed, self.device):
             self.model = spec.build(nn).to(self.device, dtype)  # drawn in float32 on the CPU, whatever follows
+        self.loss = spec.loss(nn)
         self.optimizer = optim.AdamW(self.model.parameters(), lr=spec.lr, weight_decay=spec.weight_decay)
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=max(epochs, 1))
         provider = "eager" if nn is torch.nn else "dlkernels"
         self.history = History(spec.name, provider, sum(p.numel() for p in self.model.parameters()))
+        self.history.random_layers = any(isinstance(layer, torch.nn.Dropout) for layer in self.model.modules())
 
     def epoch(self) -> None:
         """Train on every row once, in a new order, then judge on the held-out rows."""
@@ -95,10 +98,10 @@ class Run:
         with _random_numbers(seed, self.device):  # for dropout
             for batch in rows.split(self.spec.batch_size):
                 losses.append(
-                    training_step(self.model, self.spec.loss, self.optimizer, self.spec.max_norm, data.x_train[batch], data.y_train[batch])
+                    training_step(self.model, self.loss, self.optimizer, self.spec.max_norm, data.x_train[batch], data.y_train[batch])
                 )
         self.scheduler.step()
-        val_loss, val_accuracy = evaluate(self.model, self.spec.loss, data.x_val, data.y_val)
+        val_loss, val_accuracy = evaluate(self.model, self.loss, data.x_val, data.y_val)
         history.train_loss.append(sum(losses) / len(losses))
         history.val_loss.append(val_loss)
         history.val_accuracy.append(val_accuracy)
@@ -184,7 +187,8 @@ def time_steps(spec: ModelSpec, device: torch.device | str = "cpu", min_seconds:
         with _random_numbers(0, torch.device(device)):
             model = spec.build(nn).to(device)
         optimizer = optim.AdamW(model.parameters(), lr=spec.lr, weight_decay=spec.weight_decay)
-        return lambda: training_step(model, spec.loss, optimizer, spec.max_norm, x, y)
+        loss = spec.loss(nn)
+        return lambda: training_step(model, loss, optimizer, spec.max_norm, x, y)
 
     steps = {"eager": step_of(torch.nn, torch.optim), "dlkernels": step_of(dlkernels.nn, dlkernels.optim)}
     return interleave(steps, min_seconds=min_seconds, min_samples=30, device=device, cold=False)

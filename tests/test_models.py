@@ -84,9 +84,19 @@ def test_learns_to_97_percent(spec: ModelSpec) -> None:
     assert history.train_loss[-1] < 0.2 * history.train_loss[0]
 
 
+def without_dropout(model: torch.nn.Module) -> torch.nn.Module:
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Dropout):
+            layer.p = 0.0
+    return model
+
+
 @specs
 def test_same_curve_as_native(spec: ModelSpec) -> None:
-    """Both follow the float64 run; ours strays from it no further than the design's rule allows beside native's own error."""
+    """Both follow the float64 run; ours strays from it no further than the design's rule allows beside native's own error. Without
+    dropout, whose masks are not the same in the two worlds."""
+    build = spec.build
+    spec = dataclasses.replace(spec, build=lambda nn: without_dropout(build(nn)))
     exact = torch.tensor(train(spec, torch.nn, epochs=1, dtype=torch.float64, progress=False).first_losses)
     native = torch.tensor(train(spec, torch.nn, epochs=1, progress=False).first_losses)
     ours = torch.tensor(train(spec, epochs=1, progress=False).first_losses)
@@ -130,7 +140,7 @@ def test_ctrl_c_keeps_the_finished_epochs() -> None:
             raise KeyboardInterrupt
         return torch.nn.functional.cross_entropy(logits, y)
 
-    history = train(dataclasses.replace(MODELS["mlp"], loss=impatient), progress=False)
+    history = train(dataclasses.replace(MODELS["mlp"], loss=lambda nn: impatient), progress=False)
     assert history.interrupted
     assert len(history.train_loss) == len(history.val_accuracy) == 2
 

@@ -224,6 +224,16 @@ def test_no_value_can_break_the_page(small: Json, seed: int, tmp_path: Path) -> 
     assert summary(small)
 
 
+def test_models_with_dropout_are_compared_on_average(small: Json, tmp_path: Path) -> None:
+    def note(random_layers: bool) -> str:
+        for run, losses in zip(small["models"], ([2.0, 1.0], [1.0, 4.0])):
+            run |= {"first_losses": losses, "random_layers": random_layers}
+        return Page(render(small, tmp_path)).text
+
+    assert "the two losses differ by at most 1" in note(False)
+    assert "the losses are 1.500 and 2.500 on average" in note(True)
+
+
 def test_an_interrupted_run_shows_what_is_there(example: Json, tmp_path: Path) -> None:
     example["bench"] = example["bench"][:4]  # one size, and the next without its opponents
     example["models"] = [{"model": "mlp", "provider": "dlkernels", "train_loss": [2.0], "interrupted": True}]

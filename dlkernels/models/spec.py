@@ -16,8 +16,8 @@ from dlkernels.data import Split
 class ModelSpec:
     """One teaching model with its data and its recipe.
 
-    ``build`` takes the namespace of layers, ``torch.nn`` or ``dlkernels.nn``, and must draw the same random numbers from
-    both: the same seed then gives the same initial parameters, and the two training runs can be compared step by step.
+    ``build`` and ``loss`` take the namespace of layers, ``torch.nn`` or ``dlkernels.nn``, and building draws the same
+    random numbers from both: the same seed then gives the same initial parameters, and the two training runs can be compared.
     """
 
     name: str  # the key in MODELS, and what `dlkernels train NAME` takes
@@ -25,7 +25,7 @@ class ModelSpec:
     build: Callable[[ModuleType], torch.nn.Module]
     batch: Callable[[], tuple[Tensor, Tensor]]  # synthetic (x, y) of the size one training step sees; needs no data set
     data: Callable[[], Split]  # the real data
-    loss: Callable[[Tensor, Tensor], Tensor] = torch.nn.functional.cross_entropy
+    loss: Callable[[ModuleType], Callable[[Tensor, Tensor], Tensor]] = lambda nn: nn.functional.cross_entropy
     epochs: int = 30
     batch_size: int = 64
     lr: float = 1e-3

@@ -177,8 +177,13 @@ def model_view(runs: Mapping[str, ModelRun], look: Mapping[str, charts.Style]) -
 
 def agreement(ours: ModelRun, other: ModelRun) -> str | None:
     """How far the losses of the first steps, from one seed and on the same batches, are apart."""
-    pairs = zip(ours.curves["first_losses"], other.curves["first_losses"], strict=False)
-    apart = [abs(a - b) / max(abs(b), 1e-30) for a, b in pairs if a is not None and b is not None]
-    if not apart:
+    both = zip(ours.curves["first_losses"], other.curves["first_losses"], strict=False)
+    pairs = [(a, b) for a, b in both if a is not None and b is not None]
+    if not pairs:
         return None
+    if ours.random_layers:
+        means = [math.fsum(losses) / len(pairs) for losses in zip(*pairs)]
+        between = f"are {means[0]:.3f} and {means[1]:.3f} on average"
+        return f"Dropout draws other masks in the two worlds: over the first {text.count(len(pairs), 'step')} the losses {between}."
+    apart = [abs(a - b) / max(abs(b), 1e-30) for a, b in pairs]
     return f"Over the first {text.count(len(apart), 'step')} the two losses differ by at most {units.error(max(apart))} (relative)."

@@ -141,6 +141,7 @@ class ModelRun:
     seconds: float | None
     curves: Mapping[str, list[float | None]]  # train_loss, val_loss, val_accuracy per epoch; first_losses per step
     interrupted: bool
+    random_layers: bool  # dropout: the two worlds draw different masks
 
     @classmethod
     def read(cls, row: Mapping[str, Any]) -> ModelRun:
@@ -159,6 +160,7 @@ class ModelRun:
             seconds=positive(row.get("seconds")),
             curves={name: [number(v) for v in row[name]] if isinstance(row.get(name), list | tuple) else [] for name in names},
             interrupted=row.get("interrupted") is True,
+            random_layers=row.get("random_layers") is True,
         )
 
     @property
