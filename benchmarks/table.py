@@ -1,10 +1,13 @@
-"""A results file as the Markdown table of the README: `python benchmarks/table.py benchmarks/results/<machine>.json`."""
+"""A results file as the Markdown tables of the README: `python benchmarks/table.py benchmarks/results/<machine>.json`.
+
+Both show the speed over eager PyTorch, above 1 ours is faster: of every op, as geometric means over its sizes, and of one op by size.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,29 +15,41 @@ from dlkernels.bench.suite import geometric_means
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 DIRECTIONS = ("forward", "forward+backward")
+Column = tuple[str, str]  # dtype, direction
 
 
-def table(results: Mapping[str, Any], op: str = "linear_relu") -> str:
-    """Speed of ``op`` over eager PyTorch by size (M x K x N) and dtype, with the geometric mean of each column; above 1 ours is faster."""
-    rows = [row for row in results["bench"] if row["op"] == op and row["provider"] == "dlkernels" and row["ok"]]
-    columns = [(dtype, direction) for direction in DIRECTIONS for dtype in DTYPES if any(_is(row, dtype, direction) for row in rows)]
+def tables(results: Mapping[str, Any]) -> str:
     machine = results["machine"]
-    lines = [
-        f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}, torch {machine['torch']}, {machine['date'][:10]}",
-        "",
-        "| " + " | ".join([op, *(f"{dtype} {direction}" for dtype, direction in columns)]) + " |",
-        "| --- |" + " ---: |" * len(columns),
-    ]
-    for label in dict.fromkeys(row["label"] for row in rows):
-        ratios = [next((row["vs_eager"] for row in rows if row["label"] == label and _is(row, *column)), None) for column in columns]
-        lines.append(f"| {label} | " + " | ".join("" if ratio is None else f"{ratio:.2f}" for ratio in ratios) + " |")
+    where = f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}, torch {machine['torch']}, {machine['date'][:10]}"
+    return "\n\n".join([where, every_op(results), one_op(results, "linear_relu")])
+
+
+def every_op(results: Mapping[str, Any]) -> str:
+    """One line for each op: geometric means over the sizes that were raced, in float32 and bfloat16."""
+    columns = [(dtype, direction) for dtype in DTYPES[:2] for direction in DIRECTIONS]
+    means = geometric_means(results["bench"])
+    found = {(mean["op"], mean["dtype"], mean["direction"]): mean["vs_eager"] for mean in means}
+    ops = dict.fromkeys(mean["op"] for mean in means)
+    return _markdown("op", columns, [(op, [found.get((op, *column)) for column in columns]) for op in ops])
+
+
+def one_op(results: Mapping[str, Any], op: str) -> str:
+    """One line for each size of ``op`` and the geometric mean of each column."""
+    rows = [row for row in results["bench"] if row["op"] == op and row["provider"] == "dlkernels" and row["ok"]]
+    found = {(row["label"], row["dtype"], row["direction"]): row["vs_eager"] for row in rows}
+    columns = [(dtype, way) for way in DIRECTIONS for dtype in DTYPES if any(key[1:] == (dtype, way) for key in found)]
     means = {(mean["dtype"], mean["direction"]): mean["vs_eager"] for mean in geometric_means(results["bench"]) if mean["op"] == op}
-    return "\n".join([*lines, "| **geometric mean** | " + " | ".join(f"**{means[column]:.2f}**" for column in columns) + " |"])
+    labels = dict.fromkeys(row["label"] for row in rows)
+    lines = [(label, [found.get((label, *column)) for column in columns]) for label in labels]
+    return _markdown(op, columns, [*lines, ("**geometric mean**", [means.get(column) for column in columns])])
 
 
-def _is(row: Mapping[str, Any], dtype: str, direction: str) -> bool:
-    return bool(row["dtype"] == dtype and row["direction"] == direction)
+def _markdown(corner: str, columns: Sequence[Column], lines: Sequence[tuple[str, Sequence[float | None]]]) -> str:
+    table = [[corner, *(f"{dtype} {direction}" for dtype, direction in columns)]]
+    table += [[name, *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios)] for name, ratios in lines]
+    head, *body = ("| " + " | ".join(line) + " |" for line in table)
+    return "\n".join([head, "| --- |" + " ---: |" * len(columns), *body])
 
 
 if __name__ == "__main__":
-    print(table(json.loads(Path(sys.argv[1]).read_text())))
+    print(tables(json.loads(Path(sys.argv[1]).read_text())))
