@@ -236,4 +236,4 @@ save(FuncAnimation(figure, draw_answer, frames=len(shown)), "01_xor.gif", frames
 # * Layers without a curve between them collapse into one layer. The curve is what makes depth worth having.
 # * dz = a - y for sigmoid with cross-entropy: the error itself is the gradient.
 #
-# Next: `04_autograd_demo.py` computes gradients through layers, by hand and by machine.
+# Next: `02_activations.py`, the curves, and how they fail.
