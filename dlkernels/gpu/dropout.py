@@ -59,10 +59,10 @@ def _run(x: Tensor, y: Tensor, seed: Tensor, p: float) -> None:
         launch(dropout_map, (triton.cdiv(N, 4 * COUNTERS),), x, y, seed, N, *philox.thresholds(p), COUNTERS=COUNTERS)
 
 
-def _example(empty):  # type: ignore[no-untyped-def]
+def _example(empty):
     x = empty(1024, 1024)
     return x, x.new_empty(1, dtype=torch.int64), 0.3
 
 
 IMPLEMENTATIONS = {"dropout": dropout, "dropout_": dropout_}
-EXAMPLES = {name: _example for name in IMPLEMENTATIONS}
+EXAMPLES = dict.fromkeys(IMPLEMENTATIONS, _example)

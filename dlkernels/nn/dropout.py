@@ -10,7 +10,7 @@ __all__ = ["Dropout"]
 
 
 class Dropout(torch.nn.Dropout):
-    """``torch.nn.Dropout(p=0.5, inplace=False)``: in training zeroes numbers with probability p and scales the others; else the identity."""
+    """``torch.nn.Dropout(p=0.5, inplace=False)``: zeroes numbers with probability p in training; else the identity."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return F.dropout(input, self.p, self.training, self.inplace)

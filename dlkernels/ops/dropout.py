@@ -57,7 +57,8 @@ class _Dropout(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> Optionals:
-        return None if dy is None else _apply(dy, *ctx.saved_tensors, ctx.p), None, None
+        (seed,) = ctx.saved_tensors
+        return None if dy is None else _apply(dy, seed, ctx.p), None, None
 
 
 class _DropoutInPlace(_Dropout):
@@ -90,7 +91,7 @@ LOW = 0xFFFFFFFF
 
 
 def philox(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10 on words that lie in int64 tensors. A product's upper 32 bits may look like a sign; the mask after the shift drops it."""
+    """Philox4x32-10 on words that lie in int64 tensors. The mask after a shift drops what its sign brought in."""
     for _ in range(10):
         p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
         c0, c1, c2, c3 = (p1 >> 32 & LOW) ^ c1 ^ k0, p1 & LOW, (p0 >> 32 & LOW) ^ c3 ^ k1, p0 & LOW
@@ -134,10 +135,10 @@ def draw_seed(device: torch.device) -> Tensor:
 
 
 def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    """``torch.nn.functional.dropout``: zeroes numbers of ``input`` ``(*)`` with probability ``p`` (to 2⁻³²), scales the others by 1 / (1 - p).
+    """``torch.nn.functional.dropout``: zeroes numbers of ``input`` ``(*)`` with probability ``p``, to 2⁻³², and scales the others.
 
     What is zeroed follows from one seed, drawn from torch's generator at every call; the same seed gives the same on CPU and GPU. As in
-    torch, 0 times NaN or infinity is NaN, and ``input`` itself comes back where not ``training`` or ``p`` is 0.
+    torch, 0 times NaN or infinity is NaN, and ``input`` itself comes back where not ``training``, or ``p`` is 0, or ``input`` empty.
 
     Args:
         input: float32, float64, bfloat16 or float16, any strides, which the result has too.
@@ -149,7 +150,7 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
     """
     if p < 0.0 or p > 1.0:
         raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
-    if not training or not p > 0 or unsupported(("input", input)) is not None:  # a NaN is for torch to refuse
+    if not training or not p > 0 or unsupported(("input", input)) is not None or not input.numel():  # NaN is for torch to refuse
         require_tensors(("input", input))
         return torch.nn.functional.dropout(input, p, training, inplace)
     seed = draw_seed(input.device)
@@ -170,7 +171,7 @@ def _rival(x: Tensor, seed: Tensor, p: float) -> Tensor:
     return torch.nn.functional.dropout(x, p)
 
 
-SAMPLES = [
+SAMPLES: list[dict[str, Any]] = [
     {"N": 0}, {"N": 1, "p": 0.5}, {"N": 17, "lead": (2, 3)}, {"N": 65, "p": 0.75}, {"N": 31, "lead": (2, 1, 5)}, {"N": 129, "p": 1.0},
     {"N": 4099, "M": 5},
 ]  # fmt: skip
