@@ -69,24 +69,24 @@ def test_the_header_on_every_instruction_set(isa: str, tmp_path: Path) -> None:
     assert found == [list(words) for words in KNOWN.values()] + [block(*place) for place in PLACES]
 
 
-@pytest.mark.skipif(not SMALL, reason="runs in the Triton interpreter")
-def test_the_triton_functions() -> None:
-    """`numbers` and `words` in a kernel of the test's own: rows, blocks and seeds as above."""
+if SMALL:  # in the interpreter
     import triton
     import triton.language as tl
 
-    from dlkernels.gpu import philox as kernels
+    from dlkernels.gpu import philox as triton_philox
 
     @triton.jit
     def row_numbers(out: Any, seeds: Any, rows: Any, starts: Any, N: tl.constexpr) -> None:
         i = tl.program_id(0)
-        found = kernels.numbers(tl.load(seeds + i), tl.load(rows + i), tl.load(starts + i), N)
+        found = triton_philox.numbers(tl.load(seeds + i), tl.load(rows + i), tl.load(starts + i), N)
         tl.store(out + i * N + tl.arange(0, N), found.to(tl.int64))
 
-    rows, columns, seeds = (torch.tensor(values) for values in zip(*PLACES))
-    out = torch.empty(len(PLACES), 128, dtype=torch.int64)
-    row_numbers[(len(PLACES),)](out, seeds, rows, columns, N=128)
-    assert out.tolist() == [block(m, n, s) + block(m, n + 64, s) for m, n, s in PLACES]
+    def test_the_triton_functions() -> None:
+        """`numbers`, and `words` under it, in a kernel of the test's own: rows, blocks and seeds as above."""
+        rows, columns, seeds = (torch.tensor(values) for values in zip(*PLACES))
+        out = torch.empty(len(PLACES), 128, dtype=torch.int64)
+        row_numbers[(len(PLACES),)](out, seeds, rows, columns, N=128)
+        assert out.tolist() == [block(m, n, s) + block(m, n + 64, s) for m, n, s in PLACES]
 
 
 @pytest.mark.isa
