@@ -55,7 +55,7 @@ struct Activation {
                 });
             case ELU:
                 return f([=](V z) { return z > zero ? z : a * expm1_negative<T>(z); },
-                         [=](V d, V y) { return y <= zero ? d * (y + a) : d; });
+                         [=](V d, V y) { return y > zero ? d : d * (y + a); });
             case SOFTPLUS: {  // log(1 + e^(beta z)) / beta, and z itself where beta z > threshold
                 const V threshold = set(T(b)), scale = set(T(1 / this->a));
                 return f([=](V z) { return z * a > threshold ? z : softplus_or_0<T>(z * a) * scale; },

@@ -11,7 +11,8 @@ gelu_tanh     x (1 + tanh u) / 2, u = √(2/π)(x + .044715x³) by the chain rul
 silu          x s, s = sigmoid x                           s (1 + x (1 - s))                   x
 softplus      log(1 + e^(a x)) / a, or x where a x > b     sigmoid(a x), or 1                  x
 
-What is kept is y wherever y alone decides the derivative: the next layer keeps y anyway, and x can go. In place, x is copied where it is kept.
+What is kept is y wherever y alone decides the derivative: the next layer keeps y anyway, and x can go. In place, an x that is kept is
+copied first.
 
 Shapes      x (*)   y (*);   N is the number of elements. Strides are torch's: numbers that lie densely are one long array in any order.
 Work        2N elements moved forward, 3N backward; up to some 40 flops for each: memory decides where the numbers come from it, the
@@ -53,8 +54,13 @@ LEAKY_RELU_OF_X = LEAKY_RELU._replace(gradient=None)
 SIGMOID = Activation(5, lambda x, a, b: x.sigmoid(), lambda dy, y, a, b: dy * y * (1 - y))
 TANH = Activation(6, lambda x, a, b: x.tanh(), lambda dy, y, a, b: dy * (1 - y * y))
 SILU = Activation(7, lambda x, a, b: F.silu(x))
-ELU = Activation(8, lambda x, a, b: F.elu(x, a), lambda dy, y, a, b: torch.where(y <= 0, dy * (y + a), dy))
+ELU = Activation(8, lambda x, a, b: _elu(x, a), lambda dy, y, a, b: torch.where(y > 0, dy, dy * (y + a)))
 SOFTPLUS = Activation(9, lambda x, a, b: F.softplus(x, a, b))
+
+
+def _elu(x: Tensor, alpha: float = 1.0) -> Tensor:
+    """torch's gradient at NaN is NaN where it runs on vectors and dy where it does not; this one's is NaN."""
+    return torch.where(x > 0, x, alpha * torch.expm1(x.masked_fill(x > 0, 0)))
 
 
 def _forward_fake(x: Tensor, activation: int, a: float, b: float) -> Tensor:
@@ -135,8 +141,8 @@ def _unsupported(input: Tensor) -> str | None:
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """``torch.nn.functional.relu``: max(input, 0); a NaN stays one.
 
-    This and the functions below take ``input`` ``(*)`` of float32, float64, bfloat16 or float16 with any strides, and return the same shape,
-    dtype and strides. ``inplace`` overwrites ``input`` and returns it. What no kernel takes goes to torch's function of the same name,
+    This and the functions below take ``input`` ``(*)`` of float32, float64, bfloat16 or float16 with any strides, and return the same
+    shape, dtype and strides. ``inplace`` overwrites ``input`` and returns it. What no kernel takes goes to torch's function of the same name,
     which raises what it raises.
 
     Raises:
@@ -249,7 +255,7 @@ def _register(name: str, function: Callable[..., Tensor], torchs: Callable[..., 
             name=name,
             module="activations",
             call=call,
-            reference=native,
+            reference=_elu if name == "elu" else native,
             native=native,
             make=_make,
             samples=SAMPLES,
