@@ -1,6 +1,6 @@
-// exp, log, tanh, sigmoid, erf and the normal distribution on vectors: arithmetic and selects only, no branch, no table look-up.
+// exp, log, tanh, sigmoid, elu, softplus, erf and the normal distribution on vectors: arithmetic and selects, no branch, no table look-up.
 //
-//   vec<float> y = exp<float>(x);         also log, tanh, sigmoid, erf, gauss_cdf, gauss_pdf; and all of them for double
+//   vec<float> y = exp<float>(x);         also log, tanh, sigmoid, elu, softplus, erf, gauss_cdf, gauss_pdf; and all of them for double
 //
 // Each function does what a textbook does by hand: an identity moves the argument into a short interval, a polynomial serves there, and
 // the identity is undone. NaN gives NaN, -0 stays -0 where the function is odd, infinities give the limits, and no result is flushed to 0.
@@ -13,6 +13,8 @@
 //     log           1.0     1.0
 //     tanh          3.0     3.0
 //     sigmoid       3.0     3.0
+//     elu           2.0     2.0
+//     softplus      2.5     2.5
 //     erf           1.5     1.5
 //     gauss_cdf     5.0     7.0    relative, also where Phi(x) is as small as 1e-300: so is x Phi(x), the gelu
 //     gauss_pdf     3.0     3.0
@@ -108,12 +110,21 @@ template <class T> inline vec<T> exp(vec<T> x, vec<T> y = vec<T>{}) {
     return (1 + expm1_reduced<T>(r)) * exponent<T>(half) * exponent<T>(n - half);
 }
 
-// tanh |x| = -m / (m + 2) with m = e^(-2|x|) - 1 = 2^n (e^r - 1) + (2^n - 1): near 0 nothing cancels, far out m = -1.
+// e^x - 1 for x <= 0: 2^n (e^r - 1) + (2^n - 1). Near 0 nothing cancels, far out it is -1.
+template <class T> inline vec<T> expm1_negative(vec<T> x) {
+    auto [r, n] = reduce<T>(max(set<T>(-2 * coefficients<T>::tanh_high), x));
+    vec<T> s = exponent<T>(n - coefficients<T>::bias);
+    return s * expm1_reduced<T>(r) + (s - 1);
+}
+
+// tanh |x| = -m / (m + 2) with m = e^(-2|x|) - 1.
 template <class T> inline vec<T> tanh(vec<T> x) {
-    auto [r, n] = reduce<T>(-2 * min(set<T>(coefficients<T>::tanh_high), magnitude<T>(x)));
-    vec<T> s = exponent<T>(n - coefficients<T>::bias), m = s * expm1_reduced<T>(r) + (s - 1);
+    vec<T> m = expm1_negative<T>(-2 * magnitude<T>(x));
     return with_sign_of<T>(x, magnitude<T>(m) / (m + 2));
 }
+
+// x where it is positive, else e^x - 1.
+template <class T> inline vec<T> elu(vec<T> x) { return x > 0 ? x : expm1_negative<T>(x); }
 
 // 1 / (1 + e^-x) = e^x / (1 + e^x): with z = e^-|x| <= 1 nothing overflows, and the left tail keeps its relative accuracy.
 template <class T> inline vec<T> sigmoid(vec<T> x) {
@@ -123,9 +134,17 @@ template <class T> inline vec<T> sigmoid(vec<T> x) {
 
 // ---- the logarithm ---------------------------------------------------------------------------------------------------------------
 
-// x = 2^e (1 + f) with sqrt(1/2) <= 1 + f < sqrt 2, and with s = f / (2 + f)
+// log(1 + f) + e ln 2 for sqrt(1/2) <= 1 + f < sqrt 2: with s = f / (2 + f)
 //     log(1 + f) = log((1 + s) / (1 - s)) = 2s + s^3 R(s^2) = f - (f^2/2 - s (f^2/2 + s^2 R)),
 // where the last form has f, which is exact, as its leading term (the classical scheme of Sun's fdlibm).
+template <class T> inline vec<T> log_near_1(vec<T> f, vec<T> e) {
+    using C = coefficients<T>;
+    vec<T> s = f / (2 + f), z = s * s, half_square = f * f * T(0.5);
+    vec<T> tail = s * (half_square + z * polynomial(C::log, z)) + e * C::ln2_low;
+    return e * C::ln2_high + (f - (half_square - tail));
+}
+
+// x = 2^e (1 + f).
 template <class T> inline vec<T> log(vec<T> x) {
     using C = coefficients<T>;
     constexpr T infinity = T(__builtin_inf()), two_to_mantissa = T(1LL << C::mantissa);
@@ -137,12 +156,16 @@ template <class T> inline vec<T> log(vec<T> x) {
     vec<T> e = bits_as<vec<T>>(biased | bits_as<bits<T>>(set<T>(two_to_mantissa))) - (two_to_mantissa + C::bias);  // integer to T
     e = x < C::smallest_normal ? e - C::mantissa : e;
 
-    vec<T> s = f / (2 + f), z = s * s, half_square = f * f * T(0.5);
-    vec<T> tail = s * (half_square + z * polynomial(C::log, z)) + e * C::ln2_low;
-    vec<T> y = e * C::ln2_high + (f - (half_square - tail));
-
+    vec<T> y = log_near_1<T>(f, e);
     y = x < infinity ? y : x;  // infinity and NaN
     return x > 0 ? y : x == 0 ? set<T>(-infinity) : set<T>(T(__builtin_nan("")));
+}
+
+// log(1 + e^x) = max(x, 0) + log(1 + u) with u = e^-|x| <= 1, where 1 + u is halved if it is beyond sqrt 2.
+template <class T> inline vec<T> softplus(vec<T> x) {
+    vec<T> u = exp<T>(-magnitude<T>(x)), zero{}, one = set<T>(1);
+    auto large = u > T(0.41421356237309504880);
+    return (x > 0 ? x : zero) + log_near_1<T>(large ? (u - one) * T(0.5) : u, large ? one : zero);
 }
 
 // ---- the normal distribution -----------------------------------------------------------------------------------------------------
