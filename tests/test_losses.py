@@ -17,7 +17,7 @@ from torch import Tensor
 import dlkernels
 import dlkernels.functional as F
 import dlkernels.nn as nn
-from dlkernels.ops.losses import BCE, HUBER, L1, MSE, SMOOTH_L1
+from dlkernels.bench.check import allowed_error, relative_error
 
 NAMES = ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits")
 DISTANCES, CROSS_ENTROPIES = NAMES[:4], NAMES[4:]
@@ -47,6 +47,17 @@ def assert_as_torch(name: str, x: Tensor, target: Tensor, **options: Any) -> Non
     assert ours[0].stride() == native[0].stride()
 
 
+def assert_as_accurate(name: str, x: Tensor, target: Tensor, **options: Any) -> None:
+    """By the rule of ``dlkernels check``, for half types, whose native losses round between their steps."""
+    ours, native = (with_gradients(getattr(module, name), x, target, **options) for module in (F, torch_nn))
+    wide = {key: value.double() if isinstance(value, Tensor) else value for key, value in options.items()}
+    exact = with_gradients(getattr(torch_nn, name), x.double(), target.double(), **wide)
+    for i, truth in enumerate(exact):
+        assert (ours[i].dtype, ours[i].shape) == (native[i].dtype, native[i].shape)
+        allowed = allowed_error(relative_error(native[i], truth), x.dtype, gradient=i > 0)
+        assert relative_error(ours[i], truth) <= allowed, f"{name} {options}: {i}"
+
+
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "smooth_l1_loss": [{"beta": beta} for beta in (0.0, 0.3, 1.0, 2, float("inf"))],
     "huber_loss": [{"delta": delta} for delta in (0.3, 1.0, 2, float("inf"))],
@@ -65,7 +76,7 @@ def test_options(name: str, reduction: str) -> None:
         for options, shape in product(OPTIONS.get(name, [{}]), [(5, 19), (19,), (5, 1), ()]):
             weights = {key: torch.rand(shape).to(dtype) * 3 if "weight" in key else value for key, value in options.items()}
             if weights or shape == ():
-                assert_as_torch(name, x, target, reduction=reduction, **weights)
+                assert_as_accurate(name, x, target, reduction=reduction, **weights)
 
 
 @pytest.mark.isa
@@ -81,10 +92,9 @@ def test_where_the_definition_changes(name: str) -> None:
     """|d| equal to beta or delta and just beside it, zero of both signs, and numbers that are none."""
     inf, nan = float("inf"), float("nan")
     d = torch.tensor([1.0, -1.0, 0.5, -0.5, 0.0, -0.0, 1 + 1e-6, 1 - 1e-6, nan, inf, -inf])
-    for options in [options for options in OPTIONS.get(name, [{}]) if inf not in options.values()] + OPTIONS.get(name, [{}])[:0]:
+    threshold = {"smooth_l1_loss": "beta", "huber_loss": "delta"}.get(name)
+    for options in [{threshold: 0.5}, {threshold: 1.0}] if threshold else [{}]:
         assert_as_torch(name, d, torch.zeros_like(d), reduction="none", **options)
-    if name in OPTIONS:
-        assert_as_torch(name, d, torch.zeros_like(d), reduction="none", **{next(iter(OPTIONS[name][0])): 0.5})
 
 
 @pytest.mark.isa
@@ -111,14 +121,14 @@ def test_what_is_no_probability_is_refused(wrong: float, reduction: str) -> None
     """Wherever it stands; the message names it. Afterwards the op works as before."""
     x, target = pair("binary_cross_entropy", 3, 7001 if not SMALL else 11)
     for place in (0, 2 * x.shape[1] + 3, x.numel() - 1):
-        for i, name in enumerate(("input", "target")):
-            spoiled = [x.clone(), target.clone()]
-            spoiled[i].view(-1)[place] = wrong
+        for name in ("input", "target"):
+            spoiled = {"input": x.clone(), "target": target.clone()}
+            spoiled[name].view(-1)[place] = wrong
             with pytest.raises(RuntimeError):
-                torch_nn.binary_cross_entropy(*spoiled, reduction=reduction)
-            where = "" if SMALL else rf".*element {place} .*{re.escape(f'{spoiled[i].view(-1)[place].item():.4g}'[:4])}"
-            with pytest.raises(RuntimeError, match=rf"all elements of (input and )?{'target' if SMALL else name} should be between 0 and 1{where}"):
-                F.binary_cross_entropy(*spoiled, reduction=reduction)
+                torch_nn.binary_cross_entropy(spoiled["input"], spoiled["target"], reduction=reduction)
+            said = "input and target should" if SMALL else rf"{name} should be between 0 and 1, element {place} .* is {wrong:.4g}"
+            with pytest.raises(RuntimeError, match=f"all elements of {said[:-3]}"):
+                F.binary_cross_entropy(spoiled["input"], spoiled["target"], reduction=reduction)
     assert_as_torch("binary_cross_entropy", x, target, reduction=reduction)
 
 
@@ -265,10 +275,6 @@ def test_layers(name: str, options: dict[str, Any]) -> None:
     torch.testing.assert_close(ours(x, target.sigmoid()), native(x, target.sigmoid()))
 
 
-def test_codes_are_the_kernels() -> None:
-    assert [loss.code for loss in (MSE, L1, SMOOTH_L1, HUBER, BCE)] == list(range(5))
-
-
 @pytest.mark.parametrize("name", ["losses_forward", "losses_backward"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("loss", range(6))
@@ -283,14 +289,15 @@ def test_kernels_compile_for_gpus(name: str, dtype: torch.dtype, loss: int) -> N
     def large() -> Tensor:
         return torch.empty(1024, 1024, dtype=dtype, device="meta")
 
-    number = torch.empty((), dtype=dtype, device="meta")
+    def launches(target: str, reduction: int, weights: tuple[Tensor | None, ...]) -> list[Any]:
+        dy = large() if reduction == 0 else torch.empty((), dtype=dtype, device="meta")
+        options = (large(), large(), *weights, loss, 1.0, reduction)
+        return aot.record(lambda: call(*options) if name == "losses_forward" else call(dy, *options, True, True), target)
+
+    call = gpu.implementations()[name]
     for target in aot.TARGETS if dtype == torch.float32 and loss > 3 else ["sm_90"]:
-        for reduction, weights in ((1, (None, None)), (0, (large(), large() if loss == 5 else None))):
-            dys = () if name == "losses_forward" else (large() if reduction == 0 else number,)
-            needs = () if name == "losses_forward" else (True, True)
-            call = gpu.implementations()[name]
-            for launch in aot.record(lambda: call(*dys, large(), large(), *weights, loss, 1.0, reduction, *needs), target):
-                compiled = aot.compile_launch(launch, target)
-                assert compiled.spilled == 0 and 0 < compiled.registers <= 255
-                vectors = re.findall(r"tt\.addptr .*: tensor<[\dx]+!tt\.ptr<\w+>>, tensor<[\dx]*x(i\d+)>", compiled.text("ttir"))
-                assert set(vectors) <= {"i64"} and (vectors or launch.kernel.__name__ == "losses_add")
+        for launch in launches(target, 1, (None, None)) + launches(target, 0, (large(), large() if loss == 5 else None)):
+            compiled = aot.compile_launch(launch, target)
+            assert compiled.spilled == 0 and 0 < compiled.registers <= 255
+            vectors = re.findall(r"tt\.addptr .*: tensor<[\dx]+!tt\.ptr<\w+>>, tensor<[\dx]*x(i\d+)>", compiled.text("ttir"))
+            assert set(vectors) <= {"i64"} and (vectors or launch.kernel.__name__ == "losses_add")

@@ -1,6 +1,6 @@
-"""Losses on the GPU: each program reads SHARE numbers of x and target, in steps of BLOCK, and writes the sum of their losses to a workspace;
-one more program adds the sums in order. Nothing is added atomically, so every run gives the same bits. Without a reduction the values are
-stored on the way. The backward writes dx and dtarget element by element. Memory decides, so there is nothing to tune.
+"""Losses on the GPU: each program reads SHARE numbers of x and target, in steps of BLOCK, and writes the sum of their losses to a
+workspace; one more program adds these in order. Nothing is added atomically, so every run gives the same bits. Without a reduction the
+values are stored on the way. The backward writes dx and dtarget element by element. Memory decides, so there is nothing to tune.
 
 A loss is a triple of functions of (x, t, p, c): the value, its derivatives by x and by the target t. p is the weight of positive targets,
 c the number beta or delta. A kernel gets them as constants and has them inlined.

@@ -14,7 +14,7 @@ huber       d² / 2 if |d| <= δ, else δ(|d| - δ/2)        d cut off at ±δ  
 bce         -t log x - (1 - t) log(1 - x)                (x - t) / x(1 - x)             log(1 - x) - log x
  logits     (1 - t) x + q (L - min(x, 0))                q sigmoid(x) - pt              -x; in general log σ(-x) - p log σ(x)
 
-where p is pos_weight (1 if absent) and q = 1 + (p - 1) t. As in PyTorch, bce's logarithms stop at -100, and x(1 - x) at 1e-12 in its gradient.
+where p is pos_weight (1 if absent) and q = 1 + (p - 1) t. As in PyTorch, bce's logarithms stop at -100, its divisor x(1 - x) at 1e-12.
 
 Shapes      x, target, weight, pos_weight (*)   y () or (*);   N is the number of elements
 Work        2N elements moved forward, 3N backward, 4N where the target wants a gradient too: memory decides, for bce the logarithms
@@ -42,7 +42,7 @@ REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # PyTorch's codes, and the kernel
 
 
 class Loss(NamedTuple):
-    """``code`` is what the kernels switch on; ``parameter`` names native's number, if it has one; ``spreads`` says that sizes may differ."""
+    """``code`` is what the kernels switch on; ``parameter`` names native's number, if any; ``spreads``: sizes may differ."""
 
     code: int
     native: Callable[..., Tensor]
@@ -66,16 +66,14 @@ def _check(x: Tensor, **others: Tensor | None) -> None:
             torch._check(t.shape == x.shape, lambda name=name, t=t: f"{name} has shape {tuple(t.shape)}, needs {tuple(x.shape)}")
 
 
-def _forward_fake(
-    x: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, loss: int, parameter: float, reduction: int
-) -> Tensor:
+def _forward_fake(x: Tensor, target: Tensor, weight: Any, pos_weight: Any, loss: int, parameter: float, reduction: int) -> Tensor:
     _check(x, target=target, weight=weight, pos_weight=pos_weight)
     return x.new_empty(() if reduction else x.shape)
 
 
 def _backward_fake(
-    dy: Tensor, x: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, loss: int, parameter: float, reduction: int,
-    need_dx: bool, need_dtarget: bool,
+    dy: Tensor, x: Tensor, target: Tensor, weight: Any, pos_weight: Any, loss: int, parameter: float, reduction: int, need_dx: bool,
+    need_dtarget: bool,
 ) -> Optionals:  # fmt: skip
     _check(x, target=target, weight=weight, pos_weight=pos_weight)
     return x.new_empty(x.shape) if need_dx else None, x.new_empty(x.shape) if need_dtarget else None
@@ -119,14 +117,9 @@ class _Loss(torch.autograd.Function):
 def _reference(
     input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, loss: Loss, parameter: float, reduction: str
 ) -> Tensor:
-    options: dict[str, Any] = {"reduction": reduction}
-    if loss.parameter:
-        options[loss.parameter] = parameter
-    if weight is not None:
-        options["weight"] = weight
-    if pos_weight is not None:
-        options["pos_weight"] = pos_weight
-    return loss.native(input, target, **options)
+    options = {loss.parameter: parameter} if loss.parameter else {}
+    weights = {name: t for name, t in (("weight", weight), ("pos_weight", pos_weight)) if t is not None}
+    return loss.native(input, target, reduction=reduction, **options, **weights)
 
 
 def _unsupported(loss: Loss, input: Any, target: Any, weight: Any = None, pos_weight: Any = None) -> str | None:
@@ -168,46 +161,39 @@ def _loss(
         return _reference(input, target, weight, pos_weight, loss, parameter, reduction)
     if input.shape != target.shape:
         input, target = _spread(loss, input, target)
-    if weight is not None or pos_weight is not None:
-        weight, pos_weight = _as_large(input, "weight", weight), _as_large(input, "pos_weight", pos_weight)
+    weight, pos_weight = _as_large(input, "weight", weight), _as_large(input, "pos_weight", pos_weight)
+    tensors: Optionals = (input, target, weight, pos_weight)
     if autocast_dtype(input) is not None:
-        input, target, weight, pos_weight = in_float32(input, target, weight, pos_weight)  # type: ignore[assignment]
-    if not input.is_contiguous():
-        # in the order in which it lies in memory no copy is needed, and the result lies like it
-        order = sorted(range(input.dim()), key=lambda i: input.stride(i), reverse=True)
-        input, target, *weights = (t if t is None else t.permute(order) for t in (input, target, weight, pos_weight))
-        y = _apply(input, target, *weights, loss, parameter, reduction)
-        return y if y.dim() == 0 else y.permute([order.index(i) for i in range(len(order))])
-    return _apply(input, target, weight, pos_weight, loss, parameter, reduction)
-
-
-def _apply(
-    input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, loss: Loss, parameter: float, reduction: str
-) -> Tensor:
-    if needs_grad(input, target):
-        return apply_function(_Loss, input, target, weight, pos_weight, loss, parameter, reduction)
-    return _forward(input, target, weight, pos_weight, loss.code, parameter, REDUCTIONS[reduction])
+        tensors = in_float32(*tensors)
+    order = None
+    if not input.is_contiguous():  # in the order in which it lies in memory it needs no copy, and the result lies like it
+        order = sorted(range(input.dim()), key=input.stride, reverse=True)
+        tensors = tuple(t if t is None else t.permute(order) for t in tensors)
+    arguments = (*tensors, loss, parameter, reduction)
+    y: Tensor = apply_function(_Loss, *arguments) if needs_grad(*tensors) else _Loss.forward(*arguments)  # type: ignore[arg-type]
+    return y if order is None or y.dim() == 0 else y.permute([order.index(i) for i in range(len(order))])
 
 
 def _spread(loss: Loss, input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Both in their common size, or PyTorch's warning or error."""
-    sizes = f"target has shape {tuple(target.shape)} and input {tuple(input.shape)}"
+    sizes = f"{loss.native.__name__}: target has shape {tuple(target.shape)} and input {tuple(input.shape)}"
     if not loss.spreads:
-        raise ValueError(f"{loss.native.__name__}: {sizes}; they must be the same")
-    warnings.warn(f"{loss.native.__name__}: {sizes}; broadcasting them is likely not what you want", stacklevel=4)
+        raise ValueError(f"{sizes}; they must be the same")
+    warnings.warn(f"{sizes}; broadcasting them is likely not what you want", stacklevel=4)
     try:
-        input, target = torch.broadcast_tensors(input, target)
+        return torch.broadcast_tensors(input, target)
     except RuntimeError as error:
-        raise RuntimeError(f"{loss.native.__name__}: {sizes}; {error}") from error
-    return input, target
+        raise RuntimeError(f"{sizes}; {error}") from error
 
 
 def _as_large(input: Tensor, name: str, weight: Tensor | None) -> Tensor | None:
     """``weight`` in the size of ``input``, to which it must broadcast."""
+    if weight is None:
+        return None
     try:
-        return weight if weight is None else weight.expand(input.shape)
+        return weight.expand(input.shape)
     except RuntimeError as error:
-        raise RuntimeError(f"{name} has shape {tuple(weight.shape)}, needs one that broadcasts to input's {tuple(input.shape)}") from error  # type: ignore[union-attr]
+        raise RuntimeError(f"{name} has shape {tuple(weight.shape)}, needs one that broadcasts to input's {tuple(input.shape)}") from error
 
 
 def mse_loss(
@@ -242,20 +228,14 @@ def l1_loss(
 def smooth_l1_loss(
     input: Tensor, target: Tensor, size_average: bool | None = None, reduce: bool | None = None, reduction: str = "mean", beta: float = 1.0
 ) -> Tensor:
-    """``torch.nn.functional.smooth_l1_loss``: quadratic up to |input - target| = beta, linear beyond. See ``mse_loss``.
-
-    Raises:
-        RuntimeError: ``beta`` is negative.
-    """
+    """``torch.nn.functional.smooth_l1_loss``: quadratic up to |input - target| = beta, linear beyond. See ``mse_loss``;
+    RuntimeError if ``beta`` is negative."""
     return _loss(SMOOTH_L1 if beta else L1, input, target, _reduction_of(reduction, size_average, reduce), beta)
 
 
 def huber_loss(input: Tensor, target: Tensor, reduction: str = "mean", delta: float = 1.0, weight: Tensor | None = None) -> Tensor:
-    """``torch.nn.functional.huber_loss``: delta times ``smooth_l1_loss`` with beta = delta. See ``mse_loss``.
-
-    Raises:
-        RuntimeError: ``delta`` is not positive.
-    """
+    """``torch.nn.functional.huber_loss``: delta times ``smooth_l1_loss`` with beta = delta. See ``mse_loss``;
+    RuntimeError if ``delta`` is not positive."""
     return _loss(HUBER, input, target, _reduction_of(reduction), delta, weight)
 
 
@@ -263,11 +243,8 @@ def binary_cross_entropy(
     input: Tensor, target: Tensor, weight: Tensor | None = None, size_average: bool | None = None, reduce: bool | None = None,
     reduction: str = "mean",
 ) -> Tensor:  # fmt: skip
-    """``torch.nn.functional.binary_cross_entropy`` of probabilities; logarithms below -100 count as -100. See ``mse_loss``.
-
-    Raises:
-        RuntimeError: a number of ``input`` or ``target`` is not in [0, 1]. ValueError: their sizes differ.
-    """
+    """``torch.nn.functional.binary_cross_entropy`` of probabilities; logarithms below -100 count as -100. See ``mse_loss``;
+    RuntimeError if a number of ``input`` or ``target`` is not in [0, 1], ValueError if their sizes differ."""
     return _loss(BCE, input, target, _reduction_of(reduction, size_average, reduce), 0.0, weight)
 
 
@@ -276,12 +253,8 @@ def binary_cross_entropy_with_logits(
     reduction: str = "mean", pos_weight: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """``torch.nn.functional.binary_cross_entropy_with_logits``: of sigmoid(input), without overflow. See ``mse_loss``.
-
-    ``weight`` and ``pos_weight``, the weight of positive targets, are constants that broadcast to input's size.
-
-    Raises:
-        ValueError: the sizes of ``input`` and ``target`` differ.
-    """
+    ``weight`` and ``pos_weight``, the weight of positive targets, are constants that broadcast to input's size; ValueError if
+    the sizes of ``input`` and ``target`` differ."""
     return _loss(BCE_WITH_LOGITS, input, target, _reduction_of(reduction, size_average, reduce), 0.0, weight, pos_weight)
 
 
@@ -301,13 +274,8 @@ def _cost(N: int, M: int = 1, lead: tuple[int, ...] | None = None) -> Cost:
 
 
 SAMPLES: list[Mapping[str, Any]] = [  # the mean of no number is NaN, so an empty size has a test of its own
-    {"M": 1, "N": 1},
-    {"M": 1, "N": 15},
-    {"M": 3, "N": 17},
-    {"lead": (2, 1, 3), "N": 33},
-    {"M": 5, "N": 65},
-    {"M": 67, "N": 257},
-]
+    {"M": 1, "N": 1}, {"M": 1, "N": 15}, {"M": 3, "N": 17}, {"lead": (2, 1, 3), "N": 33}, {"M": 5, "N": 65}, {"M": 67, "N": 257},
+]  # fmt: skip
 BENCH = [{"M": M, "N": N} for M, N in [(64, 4096), (1024, 1024), (4096, 4096)]]
 TINY = [{"M": 1, "N": 1}, {"M": 64, "N": 10}]
 
