@@ -100,7 +100,7 @@ inline vec<uint32_t> lengthen(halves h) {
 }
 inline halves shorten(vec<uint32_t> u) {
 #if defined(__AVX512F__)
-    return bits_as<halves>(_mm512_cvtepi32_epi16(bits_as<__m512i>(u)));
+    return bits_as<halves>(_mm512_maskz_cvtepi32_epi16(0xffff, bits_as<__m512i>(u)));
 #else
     return __builtin_convertvector(u, halves);
 #endif
@@ -123,7 +123,7 @@ inline vec<float> widen(halves h, f16) {
 }
 inline halves narrow(vec<float> v, f16) {
 #if defined(__AVX512F__)
-    return bits_as<halves>(_mm512_cvtps_ph(bits_as<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+    return bits_as<halves>(_mm512_maskz_cvtps_ph(0xffff, bits_as<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__)
     return bits_as<halves>(_mm256_cvtps_ph(bits_as<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
 #else
