@@ -253,7 +253,8 @@ def make(
     shape = rows_of(x)
     if "probabilities" in option:
         return x, factory(*x.shape), option
-    return x, (torch.arange(torch.Size(shape).numel(), device=x.device) * 7 % N).reshape(shape), option
+    places = torch.arange(shape[-1] if shape else 1, device=x.device)
+    return x, (places % N).expand(shape).contiguous() if shape else places[0], option
 
 
 def cost(N: int, M: int | None = None, behind: tuple[int, ...] = (), option: str = "") -> Cost:
@@ -263,7 +264,7 @@ def cost(N: int, M: int | None = None, behind: tuple[int, ...] = (), option: str
 
 
 SAMPLES: list[dict[str, Any]] = [
-    {"M": 0, "N": 5},
+    {"M": 0, "N": 5, "option": "all"},
     {"M": 1, "N": 1},
     {"N": 17},
     {"M": 7, "N": 15},

@@ -118,7 +118,8 @@ def _call(input: Tensor, target: Tensor, option: str) -> Tensor:
 
 
 def _native(input: Tensor, target: Tensor, option: str) -> Tensor:
-    return with_option(F.nll_loss, input, target, option)
+    """torch's own backward refuses an input with dimensions behind the classes that is not contiguous."""
+    return with_option(F.nll_loss, input.contiguous(), target, option)
 
 
 def _cost(N: int, M: int | None = None, behind: tuple[int, ...] = (), option: str = "") -> Cost:
