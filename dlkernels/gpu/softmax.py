@@ -45,7 +45,7 @@ class Cut(NamedTuple):
 
     @property
     def warps(self) -> int:
-        return min(max(self.BR * self.BN // 1024, 1), 16)
+        return min(max(self.BR * self.BN // 512, 1), 16)  # 16 numbers a thread: 32 with their 64-bit offsets spill
 
 
 def cut(M: int, N: int, D: int, longest: int = LONGEST, limit: int = TILE) -> Cut:
