@@ -66,19 +66,14 @@ inline const Tensor& ranked(const char* op, const char* name, const Tensor& t, i
     return t;
 }
 
-// An uninitialised row-major tensor of this shape, from the C interface underneath torch::stable: new_empty there goes through the
-// dispatcher, which takes as long as a small product.
-// The system maps a fresh large one page by page as it is first written; we ask for large pages.
-inline Tensor empty(const Tensor& like, const int64_t* shape, size_t rank) {
-    int64_t strides[64], step = 1;  // no tensor has more dimensions
-    for (size_t i = rank; i-- > 0;) strides[i] = step, step *= std::max<int64_t>(shape[i], 1);
-    int32_t dtype, cpu = aoti_torch_device_type_cpu();
+// An uninitialised tensor, from the C interface underneath torch::stable: new_empty there goes through the dispatcher, which takes as long
+// as a small product. The system maps a fresh large one page by page as it is first written; we ask for large pages.
+inline Tensor empty_strided(ScalarType dtype, size_t rank, const int64_t* sizes, const int64_t* strides) {
     AtenTensorHandle handle;
-    if (aoti_torch_get_dtype(like.get(), &dtype) ||  // these return 0 when all went well
-        aoti_torch_empty_strided(rank, shape, strides, dtype, cpu, 0, &handle)) {
-        std::ostringstream size;
-        for (size_t i = 0; i < rank; i++) size << " x " << shape[i];
-        fail("not enough memory for a result of ", rank ? size.str().substr(3) : "1", " elements of ", like.element_size(), " bytes");
+    if (aoti_torch_empty_strided(rank, sizes, strides, int32_t(dtype), aoti_torch_device_type_cpu(), 0, &handle)) {  // 0: all went well
+        std::ostringstream text;
+        for (size_t i = 0; i < rank; i++) text << (i ? " x " : "") << sizes[i];
+        fail("not enough memory for a result of ", rank ? text.str() : "1", " elements of type ", toString(dtype));
     }
     Tensor t(handle);
 #ifdef MADV_HUGEPAGE
@@ -89,8 +84,16 @@ inline Tensor empty(const Tensor& like, const int64_t* shape, size_t rank) {
 #endif
     return t;
 }
-inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape) { return empty(like, shape.begin(), shape.size()); }
-inline Tensor empty(const Tensor& like) { return empty(like, like.sizes().data(), like.sizes().size()); }
+
+// The same, row-major: of a dtype and shape, of another tensor's dtype, or like it in both.
+inline Tensor empty(ScalarType dtype, const int64_t* shape, size_t rank) {
+    int64_t strides[64], step = 1;  // no tensor has more dimensions
+    for (size_t i = rank; i-- > 0;) strides[i] = step, step *= std::max<int64_t>(shape[i], 1);
+    return empty_strided(dtype, rank, shape, strides);
+}
+inline Tensor empty_of(ScalarType dtype, std::initializer_list<int64_t> shape) { return empty(dtype, shape.begin(), shape.size()); }
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape) { return empty_of(like.scalar_type(), shape); }
+inline Tensor empty(const Tensor& like) { return empty(like.scalar_type(), like.sizes().data(), like.sizes().size()); }
 
 inline Tensor contiguous_copy(const Tensor& t) {
     try {
