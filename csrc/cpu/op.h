@@ -59,19 +59,15 @@ inline const Tensor& ranked(const char* op, const char* name, const Tensor& t, i
     return t;
 }
 
-// An uninitialised row-major tensor of this shape, from the C interface underneath torch::stable: new_empty there goes through the
+// An uninitialised tensor of these sizes and strides, from the C interface underneath torch::stable: new_empty there goes through the
 // dispatcher, which takes as long as a small product.
 // The system maps a fresh large one page by page as it is first written; we ask for large pages.
-inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape) {
-    int64_t strides[8], step = 1;  // no result has more dimensions
-    for (size_t i = shape.size(); i-- > 0;) strides[i] = step, step *= std::max<int64_t>(shape.begin()[i], 1);
-    int32_t dtype, cpu = aoti_torch_device_type_cpu();
+inline Tensor empty_strided(ScalarType dtype, int64_t rank, const int64_t* sizes, const int64_t* strides) {
     AtenTensorHandle handle;
-    if (aoti_torch_get_dtype(like.get(), &dtype) ||  // these return 0 when all went well
-        aoti_torch_empty_strided(shape.size(), shape.begin(), strides, dtype, cpu, 0, &handle)) {
-        std::ostringstream size;
-        for (int64_t n : shape) size << " x " << n;
-        fail("not enough memory for a result of ", size.str().substr(3), " elements of ", like.element_size(), " bytes");
+    if (aoti_torch_empty_strided(rank, sizes, strides, int32_t(dtype), aoti_torch_device_type_cpu(), 0, &handle)) {  // 0: all went well
+        std::ostringstream text;
+        for (int64_t i = 0; i < rank; i++) text << " x " << sizes[i];
+        fail("not enough memory for a result of ", text.str().substr(3), " numbers of type ", toString(dtype));
     }
     Tensor t(handle);
 #ifdef MADV_HUGEPAGE
@@ -81,6 +77,13 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape) {
     if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
     return t;
+}
+
+// The same, row-major, of the dtype of `like`.
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape) {
+    int64_t strides[8], step = 1;  // no result has more dimensions
+    for (size_t i = shape.size(); i-- > 0;) strides[i] = step, step *= std::max<int64_t>(shape.begin()[i], 1);
+    return empty_strided(like.scalar_type(), shape.size(), shape.begin(), strides);
 }
 
 inline Tensor contiguous_copy(const Tensor& t) {

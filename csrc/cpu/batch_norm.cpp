@@ -1,0 +1,289 @@
+// batch_norm: y = act((x - mean) weight rstd + bias) with mean and variance of each channel, over the whole batch or given.
+//
+//   statistics   per piece: the mean, then sums of d = x - mean and d^2 while the piece is in the L1 cache. The exact mean is mean + sum d / n,
+//                so a large mean cancels nowhere. Pieces are joined in double, in order (Chan et al. 1979).
+//   normalise    while the channel is in the cache, last block first
+//   backward     the same two phases: sums of dz and dz (x - mean); dx = scale dz - a - (x - mean) b with a and b per channel
+//
+// relu's mask is that of y, formed again from x: cheaper than reading y.
+#include <cmath>
+
+#include "channels.h"
+
+namespace {
+
+constexpr const char *TRAIN = "batch_norm_train", *EVAL = "batch_norm_eval", *BACKWARD = "batch_norm_backward";
+
+// z <= this becomes y <= 0: what relu cuts, and what rounds to zero in storage.
+template <class T> constexpr float CUT = 0;
+template <> constexpr float CUT<f16> = 0x1p-25f;
+
+// One number per channel, kept as `dtype` asks; `p` is null where the tensor is absent.
+struct PerChannel {
+    void* p = nullptr;
+    ScalarType dtype = ScalarType::Float;
+    int64_t stride = 0;
+    PerChannel() = default;
+    explicit PerChannel(const std::optional<Tensor>& t) {
+        if (t) p = t->mutable_data_ptr(), dtype = t->scalar_type(), stride = t->stride(0);
+    }
+    template <class F> auto at(int64_t c, const F& f) const {
+        return with_type("batch_norm", dtype, [&](auto type) { return f(static_cast<decltype(type)*>(p) + c * stride); });
+    }
+    double get(int64_t c, double absent = 0) const {
+        return p ? at(c, [](auto* q) { return double(load(q, 1)[0]); }) : absent;
+    }
+    void put(int64_t c, double value) const {
+        if (!p) return;
+        at(c, [=](auto* q) {
+            using V = decltype(load(q));
+            store(q, V{} + decltype(V{}[0])(value), 1);
+        });
+    }
+};
+
+// What is the same for all numbers of a channel, in arrays over channels padded to whole groups.
+template <class C> struct Parameters {
+    std::vector<C> memory;
+    C *mean, *scale, *bias, *a, *b;
+    explicit Parameters(int64_t padded) : memory(5 * padded) {
+        C* p = memory.data();
+        for (C** array : {&mean, &scale, &bias, &a, &b}) *array = p, p += padded;
+    }
+    void set(int64_t c, double m, double rstd, double weight, double shift) { mean[c] = m, scale[c] = weight * rstd, bias[c] = shift; }
+};
+
+struct Moments {
+    double count = 0, mean = 0, m2 = 0;
+    void join(double n, double other_mean, double other_m2) {
+        double delta = other_mean - mean, total = count + n;
+        mean += delta * (n / total), m2 += other_m2 + delta * delta * (count * n / total), count = total;
+    }
+};
+
+template <class V> inline V relu(V z) { return z < 0 ? V{} : z; }  // NaN passes
+
+struct Arguments {
+    PerChannel weight, bias, running_mean, running_var;
+    double momentum, eps;
+    bool relu;
+};
+
+// Mean and sum of squared deviations of block b for every channel of group g, into out[channel][2].
+template <class K, class T> void block_moments(const K& k, const T* x, int64_t g, int64_t b, double* out) {
+    using C = typename K::C;
+    Moments found[K::GROUP];
+    k.each_piece(b, [&](int64_t begin, int64_t end) {
+        alignas(64) C sums[K::GROUP], centre[K::GROUP], squares[K::GROUP];
+        typename K::Sums s;
+        k.each_vector(g, begin, end, [&](int i, int64_t at, int lanes) __attribute__((always_inline)) {
+            prefetch_l2(x + at + (K::COLUMNS ? 16 * k.channels : 1024));
+            s.v[i] += load(x + at, lanes);
+        });
+        s.to(centre);
+        for (C& c : centre) c /= end - begin;
+        typename K::Quad m(centre);
+        typename K::Sums first, second;
+        k.each_vector(g, begin, end, [&](int i, int64_t at, int lanes) __attribute__((always_inline)) {
+            auto d = keep(load(x + at, lanes) - m.v[i], lanes);
+            first.v[i] += d, second.v[i] += d * d;
+        });
+        first.to(sums), second.to(squares);
+        double n = end - begin;
+        for (int c = 0; c < K::GROUP; c++)
+            found[c].join(n, centre[c] + sums[c] / n, squares[c] - double(sums[c]) * sums[c] / n);
+    });
+    for (int c = 0; c < K::GROUP; c++) out[2 * c] = found[c].mean, out[2 * c + 1] = found[c].m2;
+}
+
+template <bool RELU, class K, class T> void normalise(const K& k, const Parameters<typename K::C>& p, const T* x, T* y, int64_t g, int64_t b) {
+    typename K::Quad mean(p.mean + g * K::GROUP), scale(p.scale + g * K::GROUP), bias(p.bias + g * K::GROUP);
+    int64_t begin = b * K::BLOCK;
+    k.each_vector(g, begin, begin + k.size_of_block(b), [&](int i, int64_t at, int lanes) __attribute__((always_inline)) {
+        auto z = (load(x + at, lanes) - mean.v[i]) * scale.v[i] + bias.v[i];
+        store(y + at, RELU ? relu(z) : z, lanes);
+    });
+}
+
+// Means and variances go into stats [2, C].
+template <bool RELU, class K, class T>
+void forward(const K& k, const Arguments& args, bool training, const T* x, T* y, typename K::C* stats) {
+    Parameters<typename K::C> p(k.padded());
+    std::vector<double> workspace(training ? 2 * k.padded() * k.blocks() : 0);
+    auto block = [&](int64_t g, int64_t b) { return workspace.data() + 2 * (b * k.padded() + g * K::GROUP); };
+    auto first = [&](int64_t g, int64_t b) { if (training) block_moments(k, x, g, b, block(g, b)); };
+    auto middle = [&](int64_t g) {
+        for (int64_t c = g * K::GROUP, i = 0; i < K::GROUP && c < k.channels; c++, i++) {
+            double mean = args.running_mean.get(c), var = args.running_var.get(c);
+            if (training) {
+                Moments total;
+                for (int64_t b = 0; b < k.blocks(); b++) total.join(k.size_of_block(b), block(g, b)[2 * i], block(g, b)[2 * i + 1]);
+                double old = args.momentum, unbiased = total.m2 / (k.count() - 1);
+                args.running_mean.put(c, old * total.mean + (1 - old) * mean);
+                args.running_var.put(c, old * unbiased + (1 - old) * var);
+                mean = total.mean, var = total.m2 / k.count();
+            }
+            stats[c] = mean, stats[k.channels + c] = var;
+            p.set(c, mean, 1 / std::sqrt(double(stats[k.channels + c]) + args.eps), args.weight.get(c, 1), args.bias.get(c));
+        }
+    };
+    k.phases(first, middle, [&](int64_t g, int64_t b) { normalise<RELU>(k, p, x, y, g, b); });
+}
+
+// dz = dy where relu passed z, 0 where it did not.
+template <bool RELU, class T, class V> inline V through_relu(V dy, V centred, V scale, V bias) {
+    return RELU ? centred * scale + bias <= V{} + CUT<T> ? V{} : dy : dy;
+}
+
+// Sums of dz and dz (x - mean) over block b, into out[channel][2].
+template <bool RELU, class K, class T>
+void block_sums(const K& k, const Parameters<typename K::C>& p, const T* dy, const T* x, int64_t g, int64_t b, double* out) {
+    using C = typename K::C;
+    typename K::Quad mean(p.mean + g * K::GROUP), scale(p.scale + g * K::GROUP), bias(p.bias + g * K::GROUP);
+    std::fill_n(out, 2 * K::GROUP, 0);
+    k.each_piece(b, [&](int64_t begin, int64_t end) {
+        alignas(64) C sums[2][K::GROUP];
+        typename K::Sums plain, weighted;
+        k.each_vector(g, begin, end, [&](int i, int64_t at, int lanes) __attribute__((always_inline)) {
+            int64_t ahead = K::COLUMNS ? 16 * k.channels : 1024;
+            prefetch_l2(x + at + ahead), prefetch_l2(dy + at + ahead);
+            auto centred = load(x + at, lanes) - mean.v[i];
+            auto dz = through_relu<RELU, T>(load(dy + at, lanes), centred, scale.v[i], bias.v[i]);
+            plain.v[i] += dz, weighted.v[i] += keep(dz * centred, lanes);
+        });
+        plain.to(sums[0]), weighted.to(sums[1]);
+        for (int c = 0; c < K::GROUP; c++) out[2 * c] += sums[0][c], out[2 * c + 1] += sums[1][c];
+    });
+}
+
+template <bool RELU, class K, class T>
+void input_gradient(const K& k, const Parameters<typename K::C>& p, const T* dy, const T* x, T* dx, int64_t g, int64_t b) {
+    typename K::Quad mean(p.mean + g * K::GROUP), scale(p.scale + g * K::GROUP), bias(p.bias + g * K::GROUP);
+    typename K::Quad pa(p.a + g * K::GROUP), pb(p.b + g * K::GROUP);
+    int64_t begin = b * K::BLOCK;
+    k.each_vector(g, begin, begin + k.size_of_block(b), [&](int i, int64_t at, int lanes) __attribute__((always_inline)) {
+        auto centred = load(x + at, lanes) - mean.v[i];
+        auto dz = through_relu<RELU, T>(load(dy + at, lanes), centred, scale.v[i], bias.v[i]);
+        store(dx + at, scale.v[i] * dz - (centred * pb.v[i] + pa.v[i]), lanes);
+    });
+}
+
+template <bool RELU, class K, class T>
+void backward(const K& k, const Arguments& args, bool training, const T* dy, const T* x, const typename K::C* stats, T* dx,
+              const PerChannel& dweight, const PerChannel& dbias) {
+    Parameters<typename K::C> p(k.padded());
+    for (int64_t c = 0; c < k.channels; c++)
+        p.set(c, stats[c], 1 / std::sqrt(double(stats[k.channels + c]) + args.eps), args.weight.get(c, 1), args.bias.get(c));
+    bool sums = training || dweight.p || dbias.p;
+    std::vector<double> workspace(sums ? 2 * k.padded() * k.blocks() : 0);
+    auto block = [&](int64_t g, int64_t b) { return workspace.data() + 2 * (b * k.padded() + g * K::GROUP); };
+    auto first = [&](int64_t g, int64_t b) { if (sums) block_sums<RELU>(k, p, dy, x, g, b, block(g, b)); };
+    auto middle = [&](int64_t g) {
+        for (int64_t c = g * K::GROUP, i = 0; sums && i < K::GROUP && c < k.channels; c++, i++) {
+            double plain = 0, weighted = 0, var = double(stats[k.channels + c]) + args.eps;
+            for (int64_t b = 0; b < k.blocks(); b++) plain += block(g, b)[2 * i], weighted += block(g, b)[2 * i + 1];
+            dbias.put(c, plain), dweight.put(c, weighted / std::sqrt(var));
+            if (training) p.a[c] = p.scale[c] * plain / k.count(), p.b[c] = p.scale[c] * weighted / var / k.count();
+        }
+    };
+    k.phases(first, middle, [&](int64_t g, int64_t b) { if (dx) input_gradient<RELU>(k, p, dy, x, dx, g, b); });
+}
+
+// ---- the ops, with every argument checked ------------------------------------------------------------------------------------------
+
+// f(type, K) with the storage type and the view of x as channels.
+template <class F> void with_channels(const char* op, const Tensor& x, const Format& format, bool relu, const F& f) {
+    int64_t N = x.size(0), S = 1;
+    for (int64_t d = 2; d < format.rank; d++) S *= x.size(d);
+    with_type(op, x.scalar_type(), [&](auto type) {
+        using T = decltype(type);
+        auto with_relu = [&](auto k) { relu ? f(type, k, std::true_type{}) : f(type, k, std::false_type{}); };
+        if (format.memory == Memory::COLUMNS) with_relu(Channels<T, Memory::COLUMNS>{N, x.size(1), S});
+        else with_relu(Channels<T, Memory::ROWS>{N, x.size(1), S});
+    });
+}
+
+ScalarType statistics_type(const Tensor& x) { return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+
+// x as every op takes it; its format.
+Format checked_input(const char* op, const Tensor& x) {
+    Format format = format_of(op, x);
+    if (!x.is_cpu()) fail(op, ": x is not on the cpu, where this kernel runs");
+    if (x.layout() != torch::headeronly::Layout::Strided) fail(op, ": x must be a strided tensor");
+    return format;
+}
+
+// A tensor [C] in x's dtype, or in float where x is of a half type.
+void checked_channel(const char* op, const char* name, const Tensor& x, const std::optional<Tensor>& t) {
+    if (!t) return;
+    ScalarType dtype = t->defined() && t->scalar_type() == ScalarType::Float && x.element_size() == 2 ? ScalarType::Float : x.scalar_type();
+    checked(op, name, *t, dtype, {x.size(1)});
+}
+
+std::tuple<Tensor, Tensor> run_forward(const char* op, const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                                       const std::optional<Tensor>& mean, const std::optional<Tensor>& var, bool training, double momentum,
+                                       double eps, bool relu) {
+    Format format = checked_input(op, x);
+    checked_channel(op, "weight", x, weight), checked_channel(op, "bias", x, bias);
+    checked_channel(op, "running_mean", x, mean), checked_channel(op, "running_var", x, var);
+    int64_t sizes[] = {2, x.size(1)}, strides[] = {x.size(1), 1};
+    Arguments args = {PerChannel(weight), PerChannel(bias), PerChannel(mean), PerChannel(var), momentum, eps, relu};
+    with_type(op, x.scalar_type(), [](auto) {});
+    if (training && x.numel() <= x.size(1)) fail(op, ": needs more than one number per channel, got x of shape ", shape_text(x));
+    Tensor y = empty(x, format), stats = empty_strided(statistics_type(x), 2, sizes, strides);
+    if (x.size(1) == 0) return {y, stats};
+    Tensor xs = in_format(x, format);
+    with_channels(op, x, format, relu, [&](auto type, auto k, auto with_relu) {
+        using T = decltype(type);
+        forward<with_relu.value>(k, args, training, static_cast<const T*>(xs.data_ptr()), static_cast<T*>(y.data_ptr()),
+                                 static_cast<compute_t<T>*>(stats.data_ptr()));
+    });
+    return {y, stats};
+}
+
+std::tuple<Tensor, Tensor> batch_norm_train(Tensor x, std::optional<Tensor> weight, std::optional<Tensor> bias,
+                                            std::optional<Tensor> running_mean, std::optional<Tensor> running_var, double momentum,
+                                            double eps, bool relu) {
+    return run_forward(TRAIN, x, weight, bias, running_mean, running_var, true, momentum, eps, relu);
+}
+
+std::tuple<Tensor, Tensor> batch_norm_eval(Tensor x, std::optional<Tensor> weight, std::optional<Tensor> bias, Tensor mean, Tensor var,
+                                           double eps, bool relu) {
+    return run_forward(EVAL, x, weight, bias, mean, var, false, 0, eps, relu);
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(Tensor dy, Tensor x, std::optional<Tensor> weight, std::optional<Tensor> bias,
+                                                       Tensor stats, bool training, double eps, bool relu, bool need_dx, bool need_dweight,
+                                                       bool need_dbias) {
+    Format format = checked_input(BACKWARD, x);
+    checked_channel(BACKWARD, "weight", x, weight), checked_channel(BACKWARD, "bias", x, bias);
+    checked(BACKWARD, "stats", stats, statistics_type(x), {2, x.size(1)});
+    if (!dy.defined() || !dy.is_cpu() || dy.layout() != torch::headeronly::Layout::Strided || dy.scalar_type() != x.scalar_type() ||
+        !std::ranges::equal(dy.sizes(), x.sizes()))
+        fail(BACKWARD, ": dy must be a strided cpu tensor of shape ", shape_text(x), " and dtype ", toString(x.scalar_type()), " like x");
+    with_type(BACKWARD, x.scalar_type(), [](auto) {});
+    auto like = [&](const std::optional<Tensor>& t) { return empty(t ? *t : x, {x.size(1)}); };
+    Tensor dx = need_dx ? empty(x, format) : Tensor();
+    std::optional<Tensor> dweight, dbias;
+    if (need_dweight) dweight = like(weight);
+    if (need_dbias) dbias = like(bias);
+    Arguments args = {PerChannel(weight), PerChannel(bias), {}, {}, 0, eps, relu};
+    if (x.size(1) > 0) {
+        Tensor d = in_format(dy, format), xs = in_format(x, format), s = dense(stats);
+        with_channels(BACKWARD, x, format, relu, [&](auto type, auto k, auto with_relu) {
+            using T = decltype(type);
+            backward<with_relu.value>(k, args, training, static_cast<const T*>(d.data_ptr()), static_cast<const T*>(xs.data_ptr()),
+                                      static_cast<const compute_t<T>*>(s.data_ptr()), need_dx ? static_cast<T*>(dx.data_ptr()) : nullptr,
+                                      PerChannel(dweight), PerChannel(dbias));
+        });
+    }
+    return {dx, dweight.value_or(Tensor()), dbias.value_or(Tensor())};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(dlkernels, CPU, m) {
+    m.impl("batch_norm_train", TORCH_BOX(&batch_norm_train));
+    m.impl("batch_norm_eval", TORCH_BOX(&batch_norm_eval));
+    m.impl("batch_norm_backward", TORCH_BOX(&batch_norm_backward));
+}
