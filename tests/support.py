@@ -126,7 +126,10 @@ def assert_accurate(op: Op, args: Args, dys: Args | None = None, ours: Results |
         dtype, shape = native[name].dtype, native[name].shape
         assert (value.dtype, value.shape) == (dtype, shape), f"{op.name} {shapes}: {name} is {value.dtype} {tuple(value.shape)}"
         error = relative_error(value, exact[name])
-        allowed = allowed_error(relative_error(native[name], exact[name]), dtype, gradient=name.startswith("d"))
+        native_error = relative_error(native[name], exact[name])
+        allowed = allowed_error(native_error, dtype, gradient=name.startswith("d"))
+        if native_error > 1:  # zero but for rounding, as a mean of deviations is: luck decides whose is nearer
+            allowed = 100 * native_error
         assert error <= allowed, f"{op.name} {shapes} {dtype}: the error of {name} is {error:.2e}, allowed are {allowed:.2e}"
 
 

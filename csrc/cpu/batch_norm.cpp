@@ -1,9 +1,10 @@
 // batch_norm: y = act((x - mean) weight rstd + bias) with mean and variance of each channel, over the whole batch or given.
 //
-//   statistics   per piece: the mean, then sums of d = x - mean and d^2 while the piece is in the L1 cache. The exact mean is mean + sum d / n,
-//                so a large mean cancels nowhere. Pieces are joined in double, in order (Chan et al. 1979).
+//   statistics   per piece: the mean, as its first number plus the mean distance from that; then sums of d = x - mean and d^2 while the piece
+//                is in the L1 cache, and mean + sum d / n. So a large mean cancels nowhere, and equal numbers have variance 0. Pieces are
+//                joined in double, in order (Chan et al. 1979).
 //   normalise    while the channel is in the cache, last block first
-//   backward     the same two phases: sums of dz and dz (x - mean); dx = scale dz - a - (x - mean) b with a and b per channel
+//   backward     the same two phases: sums of dz and dz (x - mean); dx = scale (dz - a - (x - mean) b) with a and b per channel
 //
 // relu's mask is that of y, formed again from x: cheaper than reading y.
 #include <cmath>
@@ -50,7 +51,13 @@ template <class C> struct Parameters {
         C* p = memory.data();
         for (C** array : {&mean, &scale, &bias, &a, &b}) *array = p, p += padded;
     }
-    void set(int64_t c, double m, double rstd, double weight, double shift) { mean[c] = m, scale[c] = weight * rstd, bias[c] = shift; }
+};
+
+// stats [3, C]: mean, var, and the rest of the mean, what rounding it left out. The backward needs nothing else.
+template <class C> struct Statistics {
+    C *mean, *var, *rest;
+    Statistics(void* stats, int64_t channels) : mean(static_cast<C*>(stats)), var(mean + channels), rest(var + channels) {}
+    double rstd(int64_t c, double eps) const { return 1 / std::sqrt(double(var[c]) + eps); }
 };
 
 struct Moments {
@@ -74,14 +81,18 @@ template <class K, class T> void block_moments(const K& k, const T* x, int64_t g
     using C = typename K::C;
     Moments found[K::GROUP];
     k.each_piece(b, [&](int64_t begin, int64_t end) {
-        alignas(64) C sums[K::GROUP], centre[K::GROUP], squares[K::GROUP];
-        typename K::Sums s;
+        alignas(64) C some[K::GROUP], sums[K::GROUP], centre[K::GROUP], squares[K::GROUP];
+        k.each_run(g, begin, begin + 1, [&](int64_t at, int64_t length) {
+            for (int c = 0; c < K::GROUP; c += K::L) store(some + c, load(x + at + c, std::clamp<int>(length - c, 0, K::COLUMNS ? K::L : 1)), K::GROUP - c);
+        });
+        typename K::Quad start(some);
+        typename K::Sums rough;
         k.each_vector(g, begin, end, [&](int i, int64_t at, int lanes) __attribute__((always_inline)) {
             prefetch_l2(x + at + (K::COLUMNS ? 16 * k.channels : 1024));
-            s.v[i] += load(x + at, lanes);
+            rough.v[i] += keep(load(x + at, lanes) - start.v[i], lanes);
         });
-        s.to(centre);
-        for (C& c : centre) c /= end - begin;
+        rough.to(centre);
+        for (int c = 0; c < K::GROUP; c++) centre[c] = some[c] + centre[c] / (end - begin);
         typename K::Quad m(centre);
         typename K::Sums first, second;
         k.each_vector(g, begin, end, [&](int i, int64_t at, int lanes) __attribute__((always_inline)) {
@@ -105,9 +116,17 @@ template <bool RELU, class K, class T> void normalise(const K& k, const Paramete
     });
 }
 
-// Means and variances go into stats [2, C].
+// The part of a number that the rest of the mean accounts for: nothing where there are infinities, which it could only turn into NaN.
+inline double finite(double correction) { return std::isfinite(correction) ? correction : 0; }
+
+template <class C> void set(const Parameters<C>& p, int64_t c, const Arguments& args, const Statistics<C>& stats) {
+    p.mean[c] = stats.mean[c];
+    p.scale[c] = args.weight.get(c, 1) * stats.rstd(c, args.eps);
+    p.bias[c] = args.bias.get(c) - finite(double(stats.rest[c]) * p.scale[c]);
+}
+
 template <bool RELU, class K, class T>
-void forward(const K& k, const Arguments& args, bool training, const T* x, T* y, typename K::C* stats) {
+void forward(const K& k, const Arguments& args, bool training, const T* x, T* y, const Statistics<typename K::C>& stats) {
     Parameters<typename K::C> p(k.padded());
     std::vector<double> workspace(training ? 2 * k.padded() * k.blocks() : 0);
     auto block = [&](int64_t g, int64_t b) { return workspace.data() + 2 * (b * k.padded() + g * K::GROUP); };
@@ -123,8 +142,8 @@ void forward(const K& k, const Arguments& args, bool training, const T* x, T* y,
                 args.running_var.put(c, old * unbiased + (1 - old) * var);
                 mean = total.mean, var = total.m2 / k.count();
             }
-            stats[c] = mean, stats[k.channels + c] = var;
-            p.set(c, mean, 1 / std::sqrt(double(stats[k.channels + c]) + args.eps), args.weight.get(c, 1), args.bias.get(c));
+            stats.mean[c] = mean, stats.var[c] = var, stats.rest[c] = mean - stats.mean[c];
+            set(p, c, args, stats);
         }
     };
     k.phases(first, middle, [&](int64_t g, int64_t b) { normalise<RELU>(k, p, x, y, g, b); });
@@ -157,36 +176,45 @@ void block_sums(const K& k, const Parameters<typename K::C>& p, const T* dy, con
 }
 
 template <bool RELU, class K, class T>
-void input_gradient(const K& k, const Parameters<typename K::C>& p, const T* dy, const T* x, T* dx, int64_t g, int64_t b) {
+void input_gradient(const K& k, const Parameters<typename K::C>& p, bool training, const T* dy, const T* x, T* dx, int64_t g, int64_t b) {
     typename K::Quad mean(p.mean + g * K::GROUP), scale(p.scale + g * K::GROUP), bias(p.bias + g * K::GROUP);
     typename K::Quad pa(p.a + g * K::GROUP), pb(p.b + g * K::GROUP);
-    int64_t begin = b * K::BLOCK;
-    k.each_vector(g, begin, begin + k.size_of_block(b), [&](int i, int64_t at, int lanes) __attribute__((always_inline)) {
-        auto centred = load(x + at, lanes) - mean.v[i];
-        auto dz = through_relu<RELU, T>(load(dy + at, lanes), centred, scale.v[i], bias.v[i]);
-        store(dx + at, scale.v[i] * dz - (centred * pb.v[i] + pa.v[i]), lanes);
-    });
+    int64_t begin = b * K::BLOCK, end = begin + k.size_of_block(b);
+    auto dz = [&](int i, int64_t at, int lanes, auto centred) __attribute__((always_inline)) {
+        return through_relu<RELU, T>(load(dy + at, lanes), centred, scale.v[i], bias.v[i]);
+    };
+    if (training)
+        k.each_vector(g, begin, end, [&](int i, int64_t at, int lanes) __attribute__((always_inline)) {
+            auto centred = load(x + at, lanes) - mean.v[i];
+            store(dx + at, scale.v[i] * (dz(i, at, lanes, centred) - pa.v[i] - centred * pb.v[i]), lanes);
+        });
+    else
+        k.each_vector(g, begin, end, [&](int i, int64_t at, int lanes) __attribute__((always_inline)) {
+            auto centred = RELU ? load(x + at, lanes) - mean.v[i] : mean.v[i];  // without relu no need to read x
+            store(dx + at, scale.v[i] * dz(i, at, lanes, centred), lanes);
+        });
 }
 
 template <bool RELU, class K, class T>
-void backward(const K& k, const Arguments& args, bool training, const T* dy, const T* x, const typename K::C* stats, T* dx,
-              const PerChannel& dweight, const PerChannel& dbias) {
+void backward(const K& k, const Arguments& args, bool training, const T* dy, const T* x, const Statistics<typename K::C>& stats,
+              T* dx, const PerChannel& dweight, const PerChannel& dbias) {
     Parameters<typename K::C> p(k.padded());
-    for (int64_t c = 0; c < k.channels; c++)
-        p.set(c, stats[c], 1 / std::sqrt(double(stats[k.channels + c]) + args.eps), args.weight.get(c, 1), args.bias.get(c));
+    for (int64_t c = 0; c < k.channels; c++) set(p, c, args, stats);
     bool sums = training || dweight.p || dbias.p;
     std::vector<double> workspace(sums ? 2 * k.padded() * k.blocks() : 0);
     auto block = [&](int64_t g, int64_t b) { return workspace.data() + 2 * (b * k.padded() + g * K::GROUP); };
     auto first = [&](int64_t g, int64_t b) { if (sums) block_sums<RELU>(k, p, dy, x, g, b, block(g, b)); };
     auto middle = [&](int64_t g) {
         for (int64_t c = g * K::GROUP, i = 0; sums && i < K::GROUP && c < k.channels; c++, i++) {
-            double plain = 0, weighted = 0, var = double(stats[k.channels + c]) + args.eps;
+            double plain = 0, weighted = 0, rstd = stats.rstd(c, args.eps), rest = stats.rest[c];
             for (int64_t b = 0; b < k.blocks(); b++) plain += block(g, b)[2 * i], weighted += block(g, b)[2 * i + 1];
-            dbias.put(c, plain), dweight.put(c, weighted / std::sqrt(var));
-            if (training) p.a[c] = p.scale[c] * plain / k.count(), p.b[c] = p.scale[c] * weighted / var / k.count();
+            weighted -= finite(rest * plain);
+            dbias.put(c, plain), dweight.put(c, weighted * rstd);
+            p.b[c] = weighted * rstd * rstd / k.count();
+            p.a[c] = plain / k.count() - finite(rest * p.b[c]) + 0 * p.scale[c];  // no mean of dz scale where the scale is infinite
         }
     };
-    k.phases(first, middle, [&](int64_t g, int64_t b) { if (dx) input_gradient<RELU>(k, p, dy, x, dx, g, b); });
+    k.phases(first, middle, [&](int64_t g, int64_t b) { if (dx) input_gradient<RELU>(k, p, training, dy, x, dx, g, b); });
 }
 
 // ---- the ops, with every argument checked ------------------------------------------------------------------------------------------
@@ -226,7 +254,7 @@ std::tuple<Tensor, Tensor> run_forward(const char* op, const Tensor& x, const st
     Format format = checked_input(op, x);
     checked_channel(op, "weight", x, weight), checked_channel(op, "bias", x, bias);
     checked_channel(op, "running_mean", x, mean), checked_channel(op, "running_var", x, var);
-    int64_t sizes[] = {2, x.size(1)}, strides[] = {x.size(1), 1};
+    int64_t sizes[] = {3, x.size(1)}, strides[] = {x.size(1), 1};
     Arguments args = {PerChannel(weight), PerChannel(bias), PerChannel(mean), PerChannel(var), momentum, eps, relu};
     with_type(op, x.scalar_type(), [](auto) {});
     if (training && x.numel() <= x.size(1)) fail(op, ": needs more than one number per channel, got x of shape ", shape_text(x));
@@ -236,7 +264,7 @@ std::tuple<Tensor, Tensor> run_forward(const char* op, const Tensor& x, const st
     with_channels(op, x, format, relu, [&](auto type, auto k, auto with_relu) {
         using T = decltype(type);
         forward<with_relu.value>(k, args, training, static_cast<const T*>(xs.data_ptr()), static_cast<T*>(y.data_ptr()),
-                                 static_cast<compute_t<T>*>(stats.data_ptr()));
+                                 Statistics<compute_t<T>>(stats.data_ptr(), x.size(1)));
     });
     return {y, stats};
 }
@@ -257,7 +285,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(Tensor dy, Tensor x, std:
                                                        bool need_dbias) {
     Format format = checked_input(BACKWARD, x);
     checked_channel(BACKWARD, "weight", x, weight), checked_channel(BACKWARD, "bias", x, bias);
-    checked(BACKWARD, "stats", stats, statistics_type(x), {2, x.size(1)});
+    checked(BACKWARD, "stats", stats, statistics_type(x), {3, x.size(1)});
     if (!dy.defined() || !dy.is_cpu() || dy.layout() != torch::headeronly::Layout::Strided || dy.scalar_type() != x.scalar_type() ||
         !std::ranges::equal(dy.sizes(), x.sizes()))
         fail(BACKWARD, ": dy must be a strided cpu tensor of shape ", shape_text(x), " and dtype ", toString(x.scalar_type()), " like x");
@@ -273,7 +301,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(Tensor dy, Tensor x, std:
         with_channels(BACKWARD, x, format, relu, [&](auto type, auto k, auto with_relu) {
             using T = decltype(type);
             backward<with_relu.value>(k, args, training, static_cast<const T*>(d.data_ptr()), static_cast<const T*>(xs.data_ptr()),
-                                      static_cast<const compute_t<T>*>(s.data_ptr()), need_dx ? static_cast<T*>(dx.data_ptr()) : nullptr,
+                                      Statistics<compute_t<T>>(s.data_ptr(), x.size(1)), need_dx ? static_cast<T*>(dx.data_ptr()) : nullptr,
                                       PerChannel(dweight), PerChannel(dbias));
         });
     }

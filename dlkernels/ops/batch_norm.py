@@ -46,7 +46,7 @@ def _check(x: Tensor, channels: dict[str, Tensor | None]) -> None:
 
 def _forward_fake(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, var: Tensor | None) -> tuple[Tensor, Tensor]:
     _check(x, {"weight": weight, "bias": bias, "running_mean": mean, "running_var": var})
-    return _empty_like(x), x.new_empty((2, x.shape[1]), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return _empty_like(x), x.new_empty((3, x.shape[1]), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
 def _backward_fake(
@@ -59,7 +59,8 @@ def _backward_fake(
     return _empty_like(x) if need_dx else None, dweight, dbias
 
 
-# stats [2, C] holds mean and variance in the dtype of the sums: all that the backward needs, whatever becomes of the running ones.
+# stats [3, C] holds mean, variance, and what rounding the mean left out, in the dtype of the sums: all that the backward needs, whatever
+# becomes of the running ones.
 _train = define(
     "batch_norm_train(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum, float eps, "
     "bool relu) -> (Tensor y, Tensor stats)",
@@ -109,7 +110,7 @@ class _BatchNorm(torch.autograd.Function):
 def _reference_backward(ctx: Any, dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, stats: Tensor) -> Optionals:
     """Without running statistics in training, so that they are not updated a second time."""
     dtype = next((t.dtype for t in (weight, bias) if t is not None), stats.dtype)
-    mean, var = (None, None) if ctx.training else stats.detach().to(dtype).unbind()
+    mean, var = (None, None) if ctx.training else stats[:2].detach().to(dtype).unbind()
 
     def definition(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         return _reference(x, mean, var, weight, bias, ctx.training, 0.0, ctx.eps, ctx.relu)
@@ -220,11 +221,31 @@ def batch_norm_relu(
     return _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps, True)
 
 
+def _definition(
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, training: bool, eps: float, relu: bool
+) -> Tensor:
+    """The formula at the top of this file. x is moved by one of its numbers first, so that equal numbers have exactly no variance."""
+    over = [d for d in range(x.dim()) if d != 1]
+
+    def along(t: Tensor) -> Tensor:
+        return t.view(-1, *(1,) * (x.dim() - 2))
+
+    if training and x.numel():
+        x = x - x.detach()[tuple(slice(None) if d == 1 else slice(1) for d in range(x.dim()))]
+        mean, var = x.mean(over), x.var(over, correction=0)
+    y = (x - along(mean)) * along(1 / (var + eps).sqrt())
+    y = y if weight is None else y * along(weight)
+    y = y if bias is None else y + along(bias)
+    return torch.relu(y) if relu else y
+
+
 def _running(x: Tensor, weight: Tensor | None, bias: Tensor | None, training: bool) -> tuple[Tensor, Tensor]:
     """Fresh running statistics, so that a call of an Op depends on its arguments alone."""
-    like = next((t for t in (weight, bias) if t is not None), x)
-    mean = torch.arange(x.shape[1], dtype=torch.float32, device=like.device).to(like.dtype)
-    return mean / 8 - 0.5, mean / 4 + 0.5
+    C, dtype = x.shape[1], next((t.dtype for t in (weight, bias) if t is not None), x.dtype)
+    if training:
+        return x.new_zeros(C, dtype=dtype), x.new_ones(C, dtype=dtype)
+    channel = torch.arange(C, dtype=torch.float32, device=x.device)
+    return (channel / 8 - 0.5).to(dtype), (channel / 4 + 0.5).to(dtype)
 
 
 def _make(
@@ -243,7 +264,7 @@ def _cost(lead: tuple[int, ...], affine: bool = True, channels_last: bool = Fals
 
 
 def _samples(training: bool) -> list[dict[str, Any]]:
-    sizes: list[tuple[int, ...]] = [(2, 3), (5, 1), (0, 3), (7, 17), (4, 5, 9), (2, 3, 16, 5), (3, 67, 2, 2), (67, 65), (3, 5, 33, 31)]
+    sizes: list[tuple[int, ...]] = [(4, 3), (5, 1), (0, 3), (7, 17), (5, 6, 9), (2, 3, 16, 5), (3, 67, 2, 2), (67, 65), (3, 5, 33, 31)]
     extra: list[dict[str, Any]] = [{"lead": (6, 5), "affine": False}, {"lead": (2, 5, 3, 4), "channels_last": True}, {"lead": (2, 3, 2, 2, 3)}]
     return [{"lead": size, "training": training} for size in sizes] + [{**size, "training": training} for size in extra]
 
@@ -257,6 +278,9 @@ def _register(name: str, function: Callable[..., Tensor], relu: bool, training: 
     def call(x: Tensor, weight: Tensor | None, bias: Tensor | None, training: bool) -> Tensor:
         return function(x, *_running(x, weight, bias, training), weight, bias, training)
 
+    def reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, training: bool) -> Tensor:
+        return _definition(x, *_running(x, weight, bias, training), weight, bias, training, 1e-5, relu)
+
     def native(x: Tensor, weight: Tensor | None, bias: Tensor | None, training: bool) -> Tensor:
         return _reference(x, *_running(x, weight, bias, training), weight, bias, training, 0.1, 1e-5, relu)
 
@@ -265,7 +289,7 @@ def _register(name: str, function: Callable[..., Tensor], relu: bool, training: 
             name=name,
             module="batch_norm",
             call=call,
-            reference=native,
+            reference=reference,
             native=native,
             make=_make,
             samples=_samples(training),
