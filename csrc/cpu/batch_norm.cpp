@@ -19,30 +19,6 @@ constexpr const char *TRAIN = "batch_norm_train", *EVAL = "batch_norm_eval", *BA
 template <class T> constexpr float CUT = 0;
 template <> constexpr float CUT<f16> = 0x1p-25f;
 
-// One number per channel, kept as `dtype` asks; `p` is null where the tensor is absent.
-struct PerChannel {
-    void* p = nullptr;
-    ScalarType dtype = ScalarType::Float;
-    int64_t stride = 0;
-    PerChannel() = default;
-    explicit PerChannel(const std::optional<Tensor>& t) {
-        if (t) p = t->mutable_data_ptr(), dtype = t->scalar_type(), stride = t->stride(0);
-    }
-    template <class F> auto at(int64_t c, const F& f) const {
-        return with_type("batch_norm", dtype, [&](auto type) { return f(static_cast<decltype(type)*>(p) + c * stride); });
-    }
-    double get(int64_t c, double absent = 0) const {
-        return p ? at(c, [](auto* q) { return double(load(q, 1)[0]); }) : absent;
-    }
-    void put(int64_t c, double value) const {
-        if (!p) return;
-        at(c, [=](auto* q) {
-            using V = decltype(load(q));
-            store(q, V{} + decltype(V{}[0])(value), 1);
-        });
-    }
-};
-
 // What is the same for all numbers of a channel, in arrays over channels padded to whole groups.
 template <class C> struct Parameters {
     std::vector<C> memory;
@@ -60,11 +36,16 @@ template <class C> struct Statistics {
     double rstd(int64_t c, double eps) const { return 1 / std::sqrt(double(var[c]) + eps); }
 };
 
-struct Moments {
-    double count = 0, mean = 0, m2 = 0;
-    void join(double n, double other_mean, double other_m2) {
-        double delta = other_mean - mean, total = count + n;
-        mean += delta * (n / total), m2 += other_m2 + delta * delta * (count * n / total), count = total;
+// Count, mean and sum of squared deviations of G channels.
+template <int G> struct Moments {
+    double count = 0, mean[G] = {}, m2[G] = {};
+    void join(double n, const double* other_mean, const double* other_m2) {
+        double share = n / (count + n), cross = count * share;
+        for (int c = 0; c < G; c++) {
+            double delta = other_mean[c] - mean[c];
+            mean[c] += delta * share, m2[c] += other_m2[c] + delta * delta * cross;
+        }
+        count += n;
     }
 };
 
@@ -76,10 +57,10 @@ struct Arguments {
     bool relu;
 };
 
-// Mean and sum of squared deviations of block b for every channel of group g, into out[channel][2].
+// Means, then sums of squared deviations, of block b for every channel of group g, into out[2][GROUP].
 template <class K, class T> void block_moments(const K& k, const T* x, int64_t g, int64_t b, double* out) {
     using C = typename K::C;
-    Moments found[K::GROUP];
+    Moments<K::GROUP> found;
     k.each_piece(b, [&](int64_t begin, int64_t end) {
         alignas(64) C some[K::GROUP], sums[K::GROUP], centre[K::GROUP], squares[K::GROUP];
         k.each_run(g, begin, begin + 1, [&](int64_t at, int64_t length) {
@@ -100,11 +81,14 @@ template <class K, class T> void block_moments(const K& k, const T* x, int64_t g
             first.v[i] += d, second.v[i] += d * d;
         });
         first.to(sums), second.to(squares);
-        double n = end - begin;
-        for (int c = 0; c < K::GROUP; c++)
-            found[c].join(n, centre[c] + sums[c] / n, squares[c] - double(sums[c]) * sums[c] / n);
+        double n = end - begin, mean[K::GROUP], m2[K::GROUP];
+        for (int c = 0; c < K::GROUP; c++) {
+            mean[c] = centre[c] + sums[c] * (1 / n);
+            m2[c] = squares[c] - double(sums[c]) * sums[c] * (1 / n);
+        }
+        found.join(n, mean, m2);
     });
-    for (int c = 0; c < K::GROUP; c++) out[2 * c] = found[c].mean, out[2 * c + 1] = found[c].m2;
+    std::copy_n(found.mean, K::GROUP, out), std::copy_n(found.m2, K::GROUP, out + K::GROUP);
 }
 
 template <bool RELU, class K, class T> void normalise(const K& k, const Parameters<typename K::C>& p, const T* x, T* y, int64_t g, int64_t b) {
@@ -119,10 +103,15 @@ template <bool RELU, class K, class T> void normalise(const K& k, const Paramete
 // The part of a number that the rest of the mean accounts for: nothing where there are infinities, which it could only turn into NaN.
 inline double finite(double correction) { return std::isfinite(correction) ? correction : 0; }
 
-template <class C> void set(const Parameters<C>& p, int64_t c, const Arguments& args, const Statistics<C>& stats) {
-    p.mean[c] = stats.mean[c];
-    p.scale[c] = args.weight.get(c, 1) * stats.rstd(c, args.eps);
-    p.bias[c] = args.bias.get(c) - finite(double(stats.rest[c]) * p.scale[c]);
+// Mean, scale and bias of the `n` channels from c on, from their statistics.
+template <class K> void set(const Parameters<typename K::C>& p, int64_t c, int n, const Arguments& args, const Statistics<typename K::C>& stats) {
+    double weight[K::GROUP], bias[K::GROUP];
+    args.weight.read(c, n, weight, 1), args.bias.read(c, n, bias, 0);
+    for (int i = 0; i < n; i++, c++) {
+        p.mean[c] = stats.mean[c];
+        p.scale[c] = weight[i] * stats.rstd(c, args.eps);
+        p.bias[c] = bias[i] - finite(double(stats.rest[c]) * p.scale[c]);
+    }
 }
 
 template <bool RELU, class K, class T>
@@ -132,19 +121,20 @@ void forward(const K& k, const Arguments& args, bool training, const T* x, T* y,
     auto block = [&](int64_t g, int64_t b) { return workspace.data() + 2 * (b * k.padded() + g * K::GROUP); };
     auto first = [&](int64_t g, int64_t b) { if (training) block_moments(k, x, g, b, block(g, b)); };
     auto middle = [&](int64_t g) {
-        for (int64_t c = g * K::GROUP, i = 0; i < K::GROUP && c < k.channels; c++, i++) {
-            double mean = args.running_mean.get(c), var = args.running_var.get(c);
-            if (training) {
-                Moments total;
-                for (int64_t b = 0; b < k.blocks(); b++) total.join(k.size_of_block(b), block(g, b)[2 * i], block(g, b)[2 * i + 1]);
-                double old = args.momentum, unbiased = total.m2 / (k.count() - 1);
-                args.running_mean.put(c, old * total.mean + (1 - old) * mean);
-                args.running_var.put(c, old * unbiased + (1 - old) * var);
-                mean = total.mean, var = total.m2 / k.count();
-            }
-            stats.mean[c] = mean, stats.var[c] = var, stats.rest[c] = mean - stats.mean[c];
-            set(p, c, args, stats);
+        int64_t at = g * K::GROUP;
+        int n = k.size_of_group(g);
+        double mean[K::GROUP], var[K::GROUP];
+        args.running_mean.read(at, n, mean, 0), args.running_var.read(at, n, var, 1);
+        if (training) {
+            Moments<K::GROUP> total;
+            for (int64_t b = 0; b < k.blocks(); b++) total.join(k.size_of_block(b), block(g, b), block(g, b) + K::GROUP);
+            double part = args.momentum, old = 1 - part, unbiased = part / (k.count() - 1);
+            for (int c = 0; c < n; c++) mean[c] = part * total.mean[c] + old * mean[c], var[c] = unbiased * total.m2[c] + old * var[c];
+            args.running_mean.write(at, n, mean), args.running_var.write(at, n, var);
+            for (int c = 0; c < n; c++) mean[c] = total.mean[c], var[c] = total.m2[c] / k.count();
         }
+        for (int c = 0; c < n; c++) stats.mean[at + c] = mean[c], stats.var[at + c] = var[c], stats.rest[at + c] = mean[c] - stats.mean[at + c];
+        set<K>(p, at, n, args, stats);
     };
     k.phases(first, middle, [&](int64_t g, int64_t b) { normalise<RELU>(k, p, x, y, g, b); });
 }
@@ -154,14 +144,14 @@ template <bool RELU, class T, class V> inline V through_relu(V dy, V centred, V 
     return RELU ? centred * scale + bias <= V{} + CUT<T> ? V{} : dy : dy;
 }
 
-// Sums of dz and dz (x - mean) over block b, into out[channel][2].
+// Sums of dz, then of dz (x - mean), over block b for every channel of group g, into out[2][GROUP].
 template <bool RELU, class K, class T>
 void block_sums(const K& k, const Parameters<typename K::C>& p, const T* dy, const T* x, int64_t g, int64_t b, double* out) {
     using C = typename K::C;
     typename K::Quad mean(p.mean + g * K::GROUP), scale(p.scale + g * K::GROUP), bias(p.bias + g * K::GROUP);
     std::fill_n(out, 2 * K::GROUP, 0);
     k.each_piece(b, [&](int64_t begin, int64_t end) {
-        alignas(64) C sums[2][K::GROUP];
+        alignas(64) C sums[2 * K::GROUP];
         typename K::Sums plain, weighted;
         k.each_vector(g, begin, end, [&](int i, int64_t at, int lanes) __attribute__((always_inline)) {
             int64_t ahead = K::COLUMNS ? 16 * k.channels : 1024;
@@ -170,8 +160,8 @@ void block_sums(const K& k, const Parameters<typename K::C>& p, const T* dy, con
             auto dz = through_relu<RELU, T>(load(dy + at, lanes), centred, scale.v[i], bias.v[i]);
             plain.v[i] += dz, weighted.v[i] += keep(dz * centred, lanes);
         });
-        plain.to(sums[0]), weighted.to(sums[1]);
-        for (int c = 0; c < K::GROUP; c++) out[2 * c] += sums[0][c], out[2 * c + 1] += sums[1][c];
+        plain.to(sums), weighted.to(sums + K::GROUP);
+        for (int c = 0; c < 2 * K::GROUP; c++) out[c] += sums[c];
     });
 }
 
@@ -199,20 +189,25 @@ template <bool RELU, class K, class T>
 void backward(const K& k, const Arguments& args, bool training, const T* dy, const T* x, const Statistics<typename K::C>& stats,
               T* dx, const PerChannel& dweight, const PerChannel& dbias) {
     Parameters<typename K::C> p(k.padded());
-    for (int64_t c = 0; c < k.channels; c++) set(p, c, args, stats);
+    for (int64_t g = 0; g < k.groups(); g++) set<K>(p, g * K::GROUP, k.size_of_group(g), args, stats);
     bool sums = training || dweight.p || dbias.p;
     std::vector<double> workspace(sums ? 2 * k.padded() * k.blocks() : 0);
     auto block = [&](int64_t g, int64_t b) { return workspace.data() + 2 * (b * k.padded() + g * K::GROUP); };
     auto first = [&](int64_t g, int64_t b) { if (sums) block_sums<RELU>(k, p, dy, x, g, b, block(g, b)); };
     auto middle = [&](int64_t g) {
-        for (int64_t c = g * K::GROUP, i = 0; sums && i < K::GROUP && c < k.channels; c++, i++) {
-            double plain = 0, weighted = 0, rstd = stats.rstd(c, args.eps), rest = stats.rest[c];
-            for (int64_t b = 0; b < k.blocks(); b++) plain += block(g, b)[2 * i], weighted += block(g, b)[2 * i + 1];
-            weighted -= finite(rest * plain);
-            dbias.put(c, plain), dweight.put(c, weighted * rstd);
-            p.b[c] = weighted * rstd * rstd / k.count();
-            p.a[c] = plain / k.count() - finite(rest * p.b[c]) + 0 * p.scale[c];  // no mean of dz scale where the scale is infinite
+        int64_t at = g * K::GROUP;
+        int n = sums ? k.size_of_group(g) : 0;
+        double plain[K::GROUP] = {}, weighted[K::GROUP] = {};
+        for (int64_t b = 0; sums && b < k.blocks(); b++)
+            for (int c = 0; c < K::GROUP; c++) plain[c] += block(g, b)[c], weighted[c] += block(g, b)[K::GROUP + c];
+        for (int c = 0; c < n; c++) {
+            double rstd = stats.rstd(at + c, args.eps), rest = stats.rest[at + c];
+            weighted[c] = (weighted[c] - finite(rest * plain[c])) * rstd;
+            double b = weighted[c] * rstd / k.count();
+            p.b[at + c] = b;
+            p.a[at + c] = plain[c] / k.count() - finite(rest * b) + 0 * p.scale[at + c];  // no mean of dz scale where that is infinite
         }
+        dbias.write(at, n, plain), dweight.write(at, n, weighted);
     };
     k.phases(first, middle, [&](int64_t g, int64_t b) { if (dx) input_gradient<RELU>(k, p, training, dy, x, dx, g, b); });
 }
@@ -241,25 +236,32 @@ Format checked_input(const char* op, const Tensor& x) {
     return format;
 }
 
-// A tensor [C] in x's dtype, or in float where x is of a half type.
-void checked_channel(const char* op, const char* name, const Tensor& x, const std::optional<Tensor>& t) {
-    if (!t) return;
-    ScalarType dtype = t->defined() && t->scalar_type() == ScalarType::Float && x.element_size() == 2 ? ScalarType::Float : x.scalar_type();
-    checked(op, name, *t, dtype, {x.size(1)});
+// Tensors [C], all in x's dtype, or all in float where x is of a half type.
+struct Named {
+    const char* name;
+    const std::optional<Tensor>& t;
+};
+void checked_channels(const char* op, const Tensor& x, std::initializer_list<Named> tensors) {
+    ScalarType dtype = x.scalar_type();
+    for (const auto& [name, t] : tensors)
+        if (t && t->defined() && t->scalar_type() == ScalarType::Float && x.element_size() == 2) dtype = ScalarType::Float;
+    for (const auto& [name, t] : tensors)
+        if (t) checked(op, name, *t, dtype, {x.size(1)});
 }
 
 std::tuple<Tensor, Tensor> run_forward(const char* op, const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
                                        const std::optional<Tensor>& mean, const std::optional<Tensor>& var, bool training, double momentum,
                                        double eps, bool relu) {
     Format format = checked_input(op, x);
-    checked_channel(op, "weight", x, weight), checked_channel(op, "bias", x, bias);
-    checked_channel(op, "running_mean", x, mean), checked_channel(op, "running_var", x, var);
-    int64_t sizes[] = {3, x.size(1)}, strides[] = {x.size(1), 1};
+    checked_channels(op, x, {{"weight", weight}, {"bias", bias}, {"running_mean", mean}, {"running_var", var}});
     Arguments args = {PerChannel(weight), PerChannel(bias), PerChannel(mean), PerChannel(var), momentum, eps, relu};
     with_type(op, x.scalar_type(), [](auto) {});
-    if (training && x.numel() <= x.size(1)) fail(op, ": needs more than one number per channel, got x of shape ", shape_text(x));
+    if (x.numel() <= (training ? x.size(1) : 0))
+        fail(op, ": x has shape ", shape_text(x), ", needs ", training ? "more than one number per channel" : "at least one number");
+    if (eps < 0 || (training && eps == 0)) fail(op, ": eps is ", eps, ", needs to be ", training ? "positive" : "at least 0");
+    if (mean.has_value() != var.has_value()) fail(op, ": running_mean and running_var must both be tensors or both be None");
+    int64_t sizes[] = {3, x.size(1)}, strides[] = {x.size(1), 1};
     Tensor y = empty(x, format), stats = empty_strided(statistics_type(x), 2, sizes, strides);
-    if (x.size(1) == 0) return {y, stats};
     Tensor xs = in_format(x, format);
     with_channels(op, x, format, relu, [&](auto type, auto k, auto with_relu) {
         using T = decltype(type);
@@ -284,7 +286,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(Tensor dy, Tensor x, std:
                                                        Tensor stats, bool training, double eps, bool relu, bool need_dx, bool need_dweight,
                                                        bool need_dbias) {
     Format format = checked_input(BACKWARD, x);
-    checked_channel(BACKWARD, "weight", x, weight), checked_channel(BACKWARD, "bias", x, bias);
+    checked_channels(BACKWARD, x, {{"weight", weight}, {"bias", bias}});
     checked(BACKWARD, "stats", stats, statistics_type(x), {3, x.size(1)});
     if (!dy.defined() || !dy.is_cpu() || dy.layout() != torch::headeronly::Layout::Strided || dy.scalar_type() != x.scalar_type() ||
         !std::ranges::equal(dy.sizes(), x.sizes()))

@@ -60,6 +60,7 @@ template <class T, Memory MEMORY> struct Channels {
         int64_t stop = std::min(count(), (b + 1) * BLOCK);
         for (int64_t begin = b * BLOCK; begin < stop; begin += PIECE) f(begin, std::min(stop, begin + PIECE));
     }
+    int size_of_group(int64_t g) const { return std::min<int64_t>(GROUP, channels - g * GROUP); }
     int64_t size_of_block(int64_t b) const { return std::min(BLOCK, count() - b * BLOCK); }
 
     // One number per channel of a group, as the vectors that meet its numbers.
@@ -110,7 +111,35 @@ template <class V> inline V keep(V v, int lanes) {
     return lanes >= n ? v : lane < V{} + Number(lanes) ? v : V{};
 }
 
-// Channels between two memory formats and the sizes of a tensor.
+// One number per channel in memory of any float type; `p` is null where the tensor is absent.
+struct PerChannel {
+    void* p = nullptr;
+    ScalarType dtype = ScalarType::Float;
+    int64_t stride = 0;
+    PerChannel() = default;
+    explicit PerChannel(const std::optional<Tensor>& t) {
+        if (t) p = t->mutable_data_ptr(), dtype = t->scalar_type(), stride = t->stride(0);
+    }
+    // f(q) with a pointer to the number of channel c.
+    template <class F> void at(int64_t c, const F& f) const {
+        with_type("batch_norm", dtype, [&](auto type) { f(static_cast<decltype(type)*>(p) + c * stride); });
+    }
+    void read(int64_t c, int n, double* to, double absent) const {
+        if (!p) return void(std::fill_n(to, n, absent));
+        at(c, [=, this](auto* q) {
+            for (int i = 0; i < n; i++) to[i] = load(q + i * stride, 1)[0];
+        });
+    }
+    void write(int64_t c, int n, const double* from) const {
+        if (!p) return;
+        at(c, [=, this](auto* q) {
+            using V = decltype(load(q));
+            for (int i = 0; i < n; i++) store(q + i * stride, V{} + decltype(V{}[0])(from[i]), 1);
+        });
+    }
+};
+
+// How the numbers of a tensor lie.
 struct Format {
     Memory memory;
     int64_t rank, strides[5];

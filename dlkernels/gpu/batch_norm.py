@@ -193,10 +193,11 @@ def batch_norm_dx(
 
 
 def _check_channels(x: Tensor, **tensors: Tensor | None) -> None:
-    for name, t in tensors.items():
-        if t is not None:
-            half = x.dtype.itemsize == 2 and t.dtype == torch.float32
-            check_tensor(name, t, t if half and t.device == x.device else x, (x.shape[1],))
+    """Tensors (C,), all in x's dtype, or all in float32 where x is of a half type."""
+    given = {name: t for name, t in tensors.items() if t is not None}
+    in_float = x.dtype.itemsize == 2 and any(t.dtype == torch.float32 for t in given.values())
+    for name, t in given.items():
+        check_tensor(name, t, x.new_empty(0, dtype=torch.float32) if in_float else x, (x.shape[1],))
 
 
 def _accumulator(x: Tensor) -> torch.dtype:
@@ -220,8 +221,10 @@ def train(
     view, form = view_of(x)
     _check_channels(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     M = view.N * view.S
-    if M < 2:
-        raise RuntimeError(f"x must have more than one number per channel, got shape {tuple(x.shape)}")
+    if M < 2 or eps <= 0:
+        raise RuntimeError(f"needs more than one number per channel and eps > 0, got x of shape {tuple(x.shape)} and eps {eps}")
+    if (running_mean is None) != (running_var is None):
+        raise RuntimeError("running_mean and running_var must both be tensors or both be None")
     x = x.contiguous(memory_format=form)
     y, stats = torch.empty_like(x), x.new_empty((3, view.C), dtype=_accumulator(x))
     if view.C:
@@ -243,10 +246,11 @@ def evaluate(
     """Launcher of the eval forward."""
     view, form = view_of(x)
     _check_channels(x, weight=weight, bias=bias, running_mean=mean, running_var=var)
+    if x.numel() == 0 or eps < 0:
+        raise RuntimeError(f"needs at least one number and eps >= 0, got x of shape {tuple(x.shape)} and eps {eps}")
     x = x.contiguous(memory_format=form)
     y, stats = torch.empty_like(x), torch.stack([mean, var, torch.zeros_like(mean)]).to(_accumulator(x))
-    if x.numel():
-        _normalise(x, y, view, stats, weight, bias, eps, relu)
+    _normalise(x, y, view, stats, weight, bias, eps, relu)
     return y, stats
 
 

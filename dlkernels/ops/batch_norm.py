@@ -14,15 +14,16 @@ Work        training reads x twice and writes y, backward reads dy and x twice a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch._prims_common import suggest_memory_format
 
-from ..backend import apply_function, define
+from ..backend import PLAIN_TENSORS, apply_function, define
 from ..contract import Optionals, needs_grad, reference_gradients, require_tensors, unsupported
 from ..registry import Cost, Op, register
 
@@ -77,10 +78,13 @@ _backward = define(
 )
 
 
+Options = tuple[bool, float, float, bool]  # training, momentum, eps, relu
+
+
 def _forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, var: Tensor | None, training: bool, momentum: float,
-    eps: float, relu: bool,
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, var: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    training, momentum, eps, relu = options
     if training:
         return _train(x, weight, bias, mean, var, momentum, eps, relu)
     return _eval(x, weight, bias, mean, var, eps, relu)
@@ -92,30 +96,36 @@ class _BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, weight, bias, _, _, ctx.training, _, ctx.eps, ctx.relu = inputs
-        ctx.mark_non_differentiable(output[1])
+        x, weight, bias, _, _, ctx.options = inputs
+        stats = output[1]
+        ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, bias, output[1])
+        ctx.save_for_backward(x, weight, bias, stats)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, _dstats: None) -> tuple[Tensor | None, ...]:
         if dy is None:
-            return (None,) * 9
+            return None, None, None, None, None, None
         x, weight, bias, stats = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():  # create_graph=True: differentiate the definition, so that second derivatives exist
-            return *_reference_backward(ctx, dy, x, weight, bias, stats), *(None,) * 6
-        return *_backward(dy, x, weight, bias, stats, ctx.training, ctx.eps, ctx.relu, *ctx.needs_input_grad[:3]), *(None,) * 6
+            return *_reference_backward(dy, x, weight, bias, stats, ctx.options, needs), None, None, None
+        training, _, eps, relu = ctx.options
+        return *_backward(dy, x, weight, bias, stats, training, eps, relu, *needs), None, None, None
 
 
-def _reference_backward(ctx: Any, dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, stats: Tensor) -> Optionals:
+def _reference_backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, stats: Tensor, options: Options, needs: Sequence[bool]
+) -> Optionals:
     """Without running statistics in training, so that they are not updated a second time."""
+    training, _, eps, relu = options
     dtype = next((t.dtype for t in (weight, bias) if t is not None), stats.dtype)
-    mean, var = (None, None) if ctx.training else stats[:2].detach().to(dtype).unbind()
+    mean, var = (None, None) if training else stats[:2].detach().to(dtype).unbind()
 
     def definition(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        return _reference(x, mean, var, weight, bias, ctx.training, 0.0, ctx.eps, ctx.relu)
+        return _reference(x, mean, var, weight, bias, training, 0.0, eps, relu)
 
-    return reference_gradients(definition, (x, weight, bias), ctx.needs_input_grad[:3], dy)
+    return reference_gradients(definition, (x, weight, bias), needs, dy)
 
 
 def _reference(
@@ -179,15 +189,41 @@ def _batch_norm(
     x: Tensor, mean: Tensor | None, var: Tensor | None, weight: Tensor | None, bias: Tensor | None, training: bool, momentum: float,
     eps: float, relu: bool,
 ) -> Tensor:  # fmt: skip
-    reason = _unsupported(x, mean, var, weight, bias, training, momentum, eps)
-    if reason is not None:
-        return _without_kernel(reason, x, mean, var, weight, bias, training, momentum, eps, relu)
-    if needs_grad(x, weight, bias):
-        y = apply_function(_BatchNorm, x, weight, bias, mean, var, training, momentum, eps, relu)[0]
+    """The kernel, which checks every argument itself; why it refuses some, and what torch makes of them, is looked for only then."""
+    args = (x, mean, var, weight, bias, training, momentum, eps)
+    if _may_run(x, mean, var, weight, bias, training):
+        try:
+            return _run(x, weight, bias, mean, var, (training, momentum, eps, relu))
+        except RuntimeError:
+            reason = _unsupported(*args)
+            if reason is None:
+                raise
     else:
-        y = _forward(x, weight, bias, mean, var, training, momentum, eps, relu)[0]
-    if training and mean is not None and not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version((mean, var))
+        reason = _unsupported(*args)
+    if reason is None:
+        return _run(x, weight, bias, mean, var, (training, momentum, eps, relu))
+    return _without_kernel(reason, *args, relu)
+
+
+_PLAIN = frozenset((*PLAIN_TENSORS, type(None)))
+
+
+def _may_run(x: Tensor, mean: Tensor | None, var: Tensor | None, weight: Tensor | None, bias: Tensor | None, training: bool) -> bool:
+    """What the kernel cannot see: subclasses, running statistics that require a gradient, tracing and transforms."""
+    if not (type(x) in _PLAIN and type(mean) in _PLAIN and type(var) in _PLAIN and type(weight) in _PLAIN and type(bias) in _PLAIN):
+        return False
+    if (mean is not None and mean.requires_grad) or (var is not None and var.requires_grad):
+        return False
+    return not (torch.compiler.is_compiling() or (training and torch._C._are_functorch_transforms_active()))
+
+
+def _run(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, var: Tensor | None, options: Options) -> Tensor:
+    if needs_grad(x, weight, bias):
+        y: Tensor = apply_function(_BatchNorm, x, weight, bias, mean, var, options)[0]
+    else:
+        y = _forward(x, weight, bias, mean, var, options)[0]
+    if mean is not None and options[0] and not torch.compiler.is_compiling():
+        increment_version((mean, var))
     return y
 
 
