@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dlkernels import OPS
 from dlkernels.backend import TRITON_ON_CPU
-from dlkernels.bench.check import allowed_error, relative_error
+from dlkernels.bench.check import allowed_error, relative_error, scale_of
 from dlkernels.bench.inputs import arguments, dtype_name, is_differentiable, label
 from dlkernels.registry import FLOATS, Cost, Op
 
@@ -121,18 +121,12 @@ def assert_accurate(op: Op, args: Args, dys: Args | None = None, ours: Results |
     dys = cotangents(op, args) if dys is None else dys
     ours = results(op, op.call, args, dys) if ours is None else ours
     native, exact = results(op, op.native, args, dys), exact_results(op, args, dys)
-    shapes = [tuple(arg.shape) if isinstance(arg, Tensor) else arg for arg in args]
+    shapes, scale = [tuple(arg.shape) if isinstance(arg, Tensor) else arg for arg in args], scale_of(dys)
     for name, value in ours.items():
         dtype, shape = native[name].dtype, native[name].shape
         assert (value.dtype, value.shape) == (dtype, shape), f"{op.name} {shapes}: {name} is {value.dtype} {tuple(value.shape)}"
-        noise = max((dy.abs().max().item() for dy in dys if dy.numel()), default=0.0)
-        if name.startswith("d") and value.numel() and exact[name].abs().max() <= 1e-14 * noise:  # zero but for the rounding of its terms
-            assert value.abs().max() <= 100 * torch.finfo(dtype).eps * noise, f"{op.name} {shapes} {dtype}: {name} should be zero"
-            continue
-        error = relative_error(value, exact[name])
-        allowed = allowed_error(relative_error(native[name], exact[name]), dtype, gradient=name.startswith("d"))
-        if exact[name].numel() and exact[name].abs().max() < 1e-12:  # 0 but for float64's own rounding, which is nothing to divide by
-            error, allowed = value.abs().max().item(), 1e-12 if dtype == torch.float64 else 1e-5
+        error, native_error = (relative_error(some[name], exact[name], scale if name.startswith("d") else 0.0) for some in (ours, native))
+        allowed = allowed_error(native_error, dtype, gradient=name.startswith("d"))
         assert error <= allowed, f"{op.name} {shapes} {dtype}: the error of {name} is {error:.2e}, allowed are {allowed:.2e}"
 
 

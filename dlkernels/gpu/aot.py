@@ -126,6 +126,8 @@ def _specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tu
         elif isinstance(value, torch.Tensor):
             signature[name] = POINTERS[value.dtype]
             divisible[(position,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
         else:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if value % 16 == 0:
