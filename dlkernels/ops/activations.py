@@ -142,7 +142,7 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """``torch.nn.functional.relu``: max(input, 0); a NaN stays one.
 
     This and the functions below take ``input`` ``(*)`` of float32, float64, bfloat16 or float16 with any strides, and return the same
-    shape, dtype and strides. ``inplace`` overwrites ``input`` and returns it. What no kernel takes goes to torch's function of the same name,
+    shape, dtype and strides. ``inplace`` overwrites ``input`` and returns it. What no kernel takes goes to torch's function of that name,
     which raises what it raises.
 
     Raises:
