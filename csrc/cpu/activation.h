@@ -63,7 +63,8 @@ struct Activation {
                          [=](V d, V z) { return z * a > threshold ? d : d * sigmoid_or_0<T>(z * a); });
             }
             case GELU:
-                if constexpr (sizeof(T) == 4) return f([](V z) { return z * gelu_cdf(z); }, [](V d, V z) { return d * gelu_gradient(z); });
+                if constexpr (sizeof(T) == 4)  // 0 z: as in Phi(z) + z phi(z), an infinite z has no derivative
+                    return f([](V z) { return z * gelu_cdf(z); }, [](V d, V z) { return d * (gelu_gradient(z) + 0 * z); });
                 else return f([](V z) { return z * cdf_or_0<T>(z); }, [](V d, V z) { return d * (cdf_or_0<T>(z) + z * pdf_or_0<T>(z)); });
             case GELU_TANH: {  // z/2 (1 + tanh u),  u = sqrt(2/pi) (z + 0.044715 z^3)
                 const V c = set(T(0.79788456080286535588)), d = set(T(0.044715));
