@@ -14,7 +14,8 @@ template <class T> constexpr T NORMAL_TAIL = sizeof(T) == 8 ? 37 : 12.5;
 
 template <class T> inline vec<T> sigmoid_or_0(vec<T> z) {
     const vec<T> low = set(-SIGMOID_TAIL<T>), high = set(SIGMOID_TAIL<T>);
-    return z < low ? vec<T>{} : sigmoid<T>(min(high, max(low, z)));  // min and max return their second argument for NaN
+    vec<T> y = reciprocal<T>(1 + exp_normal<T>(-min(high, max(low, z))));  // min and max return their second argument for NaN
+    return z < low ? vec<T>{} : y;
 }
 template <class T> inline vec<T> cdf_or_0(vec<T> z) {
     const vec<T> low = set(-NORMAL_TAIL<T>), high = set(NORMAL_TAIL<T>);
@@ -62,9 +63,9 @@ struct Activation {
                          [=](V d, V z) { return z * a > threshold ? d : d * sigmoid_or_0<T>(z * a); });
             }
             case GELU:
-                return f([](V z) { return z * cdf_or_0<T>(z); }, [](V d, V z) {
-                    return d * (cdf_or_0<T>(z) + z * pdf_or_0<T>(z));
-                });
+                if constexpr (sizeof(T) == 4)  // 0 z: as in Phi(z) + z phi(z), an infinite z has no derivative
+                    return f([](V z) { return z * gelu_cdf(z); }, [](V d, V z) { return d * (gelu_gradient(z) + 0 * z); });
+                else return f([](V z) { return z * cdf_or_0<T>(z); }, [](V d, V z) { return d * (cdf_or_0<T>(z) + z * pdf_or_0<T>(z)); });
             case GELU_TANH: {  // z/2 (1 + tanh u),  u = sqrt(2/pi) (z + 0.044715 z^3)
                 const V c = set(T(0.79788456080286535588)), d = set(T(0.044715));
                 return f([=](V z) { return half * z * (one + tanh<T>(c * (z + d * z * z * z))); }, [=](V g, V z) {

@@ -11,8 +11,8 @@ gelu_tanh     x (1 + tanh u) / 2, u = √(2/π)(x + .044715x³) by the chain rul
 silu          x s, s = sigmoid x                           s (1 + x (1 - s))                   x
 softplus      log(1 + e^(a x)) / a, or x where a x > b     sigmoid(a x), or 1                  x
 
-What is kept is y wherever y alone decides the derivative: the next layer keeps y anyway, and x can go. In place, an x that is kept is
-copied first.
+What is kept is y wherever y alone decides the derivative: the next layer keeps y anyway, and x can go. In place, an x that is needed
+is copied first.
 
 Shapes      x (*)   y (*);   N is the number of elements. Strides are torch's: numbers that lie densely are one long array in any order.
 Work        2N elements moved forward, 3N backward; up to some 40 flops for each: memory decides where the numbers come from it, the
@@ -35,6 +35,9 @@ from ..registry import Cost, Op, register
 __all__ = [
     "elu", "elu_", "gelu", "leaky_relu", "leaky_relu_", "relu", "relu_", "sigmoid", "silu", "softplus", "tanh",
 ]  # fmt: skip
+
+
+NUMBERS = (float, int)
 
 
 class Activation(NamedTuple):
@@ -69,6 +72,7 @@ def _forward_fake(x: Tensor, activation: int, a: float, b: float) -> Tensor:
 
 def _backward_fake(dy: Tensor, saved: Tensor, activation: int, a: float, b: float) -> Tensor:
     torch._check(dy.shape == saved.shape, lambda: f"dy has shape {tuple(dy.shape)}, needs {tuple(saved.shape)} like what was saved")
+    torch._check(dy.device == saved.device, lambda: f"dy is on {dy.device}, what was saved on {saved.device}")
     torch._check(dy.dtype == saved.dtype, lambda: f"dy has dtype {dy.dtype}, needs {saved.dtype} like what was saved")
     return saved.new_empty(saved.shape)
 
@@ -82,7 +86,7 @@ class _Activation(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, act: Activation, a: float, b: float) -> Any:
+    def forward(x: Tensor, act: Activation, a: float, b: float) -> Tensor:
         return _forward(x, act.code, a, b)
 
     @staticmethod
@@ -92,7 +96,7 @@ class _Activation(torch.autograd.Function):
         ctx.save_for_backward(output if ctx.act.gradient else x)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, _dx: None = None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return None, None, None, None
         (saved,), act, a, b = ctx.saved_tensors, ctx.act, ctx.a, ctx.b
@@ -104,24 +108,19 @@ class _Activation(torch.autograd.Function):
 
 
 class _InPlace(_Activation):
-    """x is overwritten; where the backward needs it, a copy is kept, which goes through an output as only those can be saved."""
+    """x is overwritten, for activations whose backward needs y alone."""
 
     generate_vmap_rule = False
 
     @staticmethod
-    def forward(x: Tensor, act: Activation, a: float, b: float) -> Any:
-        before = None if act.gradient else x.clone()
+    def forward(x: Tensor, act: Activation, a: float, b: float) -> Tensor:
         _forward_(x, act.code, a, b)
-        return x if before is None else (x, before)
+        return x
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        x, ctx.act, ctx.a, ctx.b = inputs
-        ctx.mark_dirty(x)
-        ctx.set_materialize_grads(False)
-        if not ctx.act.gradient:
-            ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(x if ctx.act.gradient else output[1])
+        ctx.mark_dirty(inputs[0])
+        _Activation.setup_context(ctx, inputs, output)
 
 
 def _compute(input: Tensor, act: Activation, a: float = 0.0, b: float = 0.0) -> Tensor:
@@ -130,11 +129,15 @@ def _compute(input: Tensor, act: Activation, a: float = 0.0, b: float = 0.0) -> 
 
 
 def _overwrite(input: Tensor, act: Activation, a: float = 0.0) -> Tensor:
+    if not act.gradient and needs_grad(input):  # the backward needs what is about to be overwritten
+        return input.copy_(_compute(input.clone(), act, a))
     return overwrite(input, _InPlace, lambda x, act, a, b: _forward_(x, act.code, a, b), _compute, act, a, 0.0)
 
 
-def _unsupported(input: Tensor) -> str | None:
+def _unsupported(input: Tensor, a: Any = 0.0, b: Any = 0.0) -> str | None:
     """Why PyTorch's own operation runs, or None where a kernel does. On the path of every call."""
+    if type(a) not in NUMBERS or type(b) not in NUMBERS:
+        return f"an option is a {type(a if type(a) not in NUMBERS else b).__name__}; kernels take numbers"
     return unsupported(("input", input))
 
 
@@ -142,7 +145,7 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """``torch.nn.functional.relu``: max(input, 0); a NaN stays one.
 
     This and the functions below take ``input`` ``(*)`` of float32, float64, bfloat16 or float16 with any strides, and return the same
-    shape, dtype and strides. ``inplace`` overwrites ``input`` and returns it. What no kernel takes goes to torch's function of the same name,
+    shape, dtype and strides. ``inplace`` overwrites ``input`` and returns it. What no kernel takes goes to torch's function of that name,
     which raises what it raises.
 
     Raises:
@@ -160,7 +163,7 @@ def relu_(input: Tensor) -> Tensor:
 
 def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
     """``torch.nn.functional.leaky_relu``: input where it is positive, else negative_slope · input. See ``relu``."""
-    if _unsupported(input) is not None:
+    if _unsupported(input, negative_slope) is not None:
         return F.leaky_relu(input, negative_slope, inplace)
     act = LEAKY_RELU if negative_slope >= 0 else LEAKY_RELU_OF_X
     return _overwrite(input, act, negative_slope) if inplace else _compute(input, act, negative_slope)
@@ -206,7 +209,7 @@ def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
 
     A negative ``alpha`` goes to torch: y does not tell the two sides apart then.
     """
-    if not alpha >= 0 or _unsupported(input) is not None:
+    if _unsupported(input, alpha) is not None or not alpha >= 0:
         return F.elu(input, alpha, inplace)
     return _overwrite(input, ELU, alpha) if inplace else _compute(input, ELU, alpha)
 
@@ -221,7 +224,7 @@ def softplus(input: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
 
     Under autocast on CUDA half types are widened to float32, as in torch.
     """
-    if _unsupported(input) is not None:
+    if _unsupported(input, beta, threshold) is not None:
         return F.softplus(input, beta, threshold)
     if input.dtype.itemsize == 2 and not input.is_cpu and autocast_dtype(input) is not None:
         input = input.float()
