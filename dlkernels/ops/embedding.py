@@ -78,13 +78,12 @@ def _unsupported(input: Any, weight: Any, max_norm: float | None = None, sparse:
         return "max_norm rescales rows of weight in place; PyTorch does that"
     if sparse:
         return "sparse=True asks for a sparse gradient; kernels write a dense one"
-    reason = unsupported(("weight", weight))
-    if reason is not None:
-        return reason
     if getattr(input, "dtype", None) is not torch.int32:
         reason = unsupported(("weight", weight), ("input", input), indices=("input",))
-    elif type(input) is not Tensor or input.device != weight.device:
-        reason = f"input is a {type(input).__name__} on {input.device} and weight on {weight.device}"
+    else:
+        reason = unsupported(("weight", weight))
+        if reason is None and (type(input) is not Tensor or input.device != weight.device):
+            reason = f"input is a {type(input).__name__} on {input.device} and weight on {weight.device}"
     if reason is None and weight.dim() != 2:
         return f"weight has shape {tuple(weight.shape)}, needs (V, D)"
     return reason
