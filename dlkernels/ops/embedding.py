@@ -64,7 +64,7 @@ class _Embedding(torch.autograd.Function):
 
 
 def _dweight(dy: Tensor, indices: Tensor, V: int, padding_idx: int, scale_grad_by_freq: bool) -> Tensor:
-    """The gradient in PyTorch's own operations: a function of dy that can be differentiated in turn, which torch.embedding's cannot always."""
+    """The gradient in PyTorch's own operations, which can be differentiated in turn (torch.embedding's cannot where L is 0)."""
     i, D = indices.reshape(-1).long(), dy.shape[-1]
     share = (i != padding_idx).to(dy.dtype)
     if scale_grad_by_freq:
@@ -140,8 +140,8 @@ def _native(weight: Tensor, indices: Tensor) -> Tensor:
 
 def _supports(first: Any, second: Any, *options: Any) -> str | None:
     """``_unsupported`` for the arguments of the public function, or for a weight and its indices."""
-    if getattr(first, "dtype", None) in INDICES or options:
-        padding_idx, max_norm, norm_type, scale, sparse = (*options, None, None, 2.0, False, False)[:5] if len(options) < 5 else options
+    if options or getattr(first, "dtype", None) in INDICES:
+        max_norm, sparse = options[1] if len(options) > 1 else None, len(options) > 4 and options[4]
         return _unsupported(first, second, max_norm, sparse)
     return _unsupported(second, first)
 
