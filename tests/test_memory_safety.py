@@ -20,6 +20,7 @@ from support import (
     SMALL,
     Args,
     arguments,
+    as_tuple,
     assert_accurate,
     assert_same_bits,
     cotangents,
@@ -87,7 +88,7 @@ def guard(args: Args, at_end: bool) -> Args:
 
 
 def outputs(func: Any, args: Args) -> dict[str, Tensor]:
-    return {str(i): value for i, value in enumerate(func(*args)) if value is not None}
+    return {str(i): value for i, value in enumerate(as_tuple(func(*args))) if value is not None}
 
 
 def test_the_guard_page_is_there() -> None:

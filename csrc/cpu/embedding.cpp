@@ -6,7 +6,9 @@
 //              The chains are made from the last position to the first, so they run, and numbers are added, in the order of l.
 //
 // Memory decides both. Chaining is serial: a list takes a random access per position, sorting by counting takes three.
+#include <atomic>
 #include <limits>
+#include <numeric>
 
 #include "op.h"
 #include "rows.h"
@@ -15,18 +17,19 @@ namespace {
 
 constexpr const char* FORWARD = "embedding_forward";
 constexpr const char* BACKWARD = "embedding_backward";
-constexpr int64_t AHEAD = 4;             // rows from the one in hand to the one that is fetched
-constexpr int64_t NEIGHBOURS = 2 << 10;  // bytes of dweight that one thread writes before the next takes over
+constexpr int64_t AHEAD = 16;            // rows from the one in hand to the one that is fetched
+constexpr int64_t SMALL = 512 << 10;     // bytes of a table that stays in the L2 cache, where fetching costs more than it saves
+constexpr int64_t BLOCKS = 1 << 10;      // of rows of weight, whose work is counted so that the threads get equal shares
 
 using Position = int32_t;
 constexpr Position NOWHERE = -1;
 
 inline void fetch(const void* row, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i);
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i, 0, 2);  // into the L2 cache
 }
 
 // Numbers are copied as the bits they are: no type needs to be known, and a NaN keeps its payload.
-void copy_row(const void* from, void* to, int64_t bytes) {
+inline void copy_row(const void* from, void* to, int64_t bytes) {
     using V = vec<uint16_t>;
     auto p = static_cast<const uint16_t*>(from);
     auto q = static_cast<uint16_t*>(to);
@@ -35,13 +38,25 @@ void copy_row(const void* from, void* to, int64_t bytes) {
     if (i < n) store_raw(q + i, load_raw<V>(p + i, n - i), n - i);
 }
 
-template <class I> void forward(const char* weight, const I* index, char* y, int64_t L, int64_t pitch, int64_t bytes) {
-    parallel(L, [=](int64_t begin, int64_t end) {
+inline bool is_row(int64_t v, int64_t V) { return uint64_t(v) < uint64_t(V); }  // a negative index is a large number without a sign
+
+template <class I> [[noreturn]] void refuse(const char* op, const I* index, int64_t V) {
+    int64_t l = 0;
+    while (is_row(index[l], V)) l++;
+    fail(op, ": index ", index[l], " at position ", l, " (in row-major order) is out of range for the ", V, " rows of weight");
+}
+
+template <class I> void forward(const char* weight, const I* index, char* y, int64_t L, int64_t V, int64_t pitch, int64_t bytes) {
+    bool far = V * bytes > SMALL;
+    std::atomic<bool> wrong = false;
+    parallel(L, [=, &wrong](int64_t begin, int64_t end) {
         for (int64_t l = begin; l < end; l++) {
-            if (l + AHEAD < end) fetch(weight + index[l + AHEAD] * pitch, bytes);
-            copy_row(weight + index[l] * pitch, y + l * bytes, bytes);
+            if (far && l + AHEAD < end) fetch(weight + index[l + AHEAD] * pitch, bytes);
+            if (is_row(index[l], V)) copy_row(weight + index[l] * pitch, y + l * bytes, bytes);
+            else wrong = true;
         }
     }, L * bytes <= SERIAL_NUMBERS * 4);
+    if (wrong) refuse(FORWARD, index, V);
 }
 
 // N vectors of the sum of the rows of dy along a chain, times scale.
@@ -57,45 +72,49 @@ template <int N, class T, class C> void add_chain(const T* dy, Position l, const
 template <class T, class I>
 void backward(const T* dy, const I* index, T* dweight, int64_t L, int64_t V, int64_t D, int64_t padding_idx, bool by_frequency) {
     using C = compute_t<T>;
-    constexpr int N = 8;  // vectors of a row that are summed at a time
     std::vector<Position> first(V, NOWHERE), next(L);
-    for (int64_t l = L; l-- > 0;)
-        if (int64_t v = index[l]; v != padding_idx) next[l] = first[v], first[v] = l;
+    int shift = 0;
+    while (V >> shift >= BLOCKS) shift++;
+    std::vector<int64_t> work(BLOCKS, 1 << shift);  // rows of dweight and of dy
+    for (int64_t l = L; l-- > 0;) {
+        int64_t v = index[l];
+        if (!is_row(v, V)) refuse(BACKWARD, index, V);
+        if (v != padding_idx) next[l] = first[v], first[v] = l, work[v >> shift]++;
+    }
 
     auto row = [&](int64_t v) {
+        T* to = dweight + v * D;
+        if (first[v] == NOWHERE) return void(memset(to, 0, D * sizeof(T)));
         int64_t count = 0, d = 0;
         for (Position l = by_frequency ? first[v] : NOWHERE; l != NOWHERE; l = next[l]) count++;
         C scale = C(1) / std::max<int64_t>(count, 1);
-        for (; d + N * VL<C> <= D; d += N * VL<C>) add_chain<N>(dy + d, first[v], next.data(), D, scale, dweight + v * D + d, VL<C>);
-        for (; d < D; d += VL<C>)
-            add_chain<1>(dy + d, first[v], next.data(), D, scale, dweight + v * D + d, std::min<int64_t>(VL<C>, D - d));
+        auto columns = [&](auto n, int lanes) { add_chain<n()>(dy + d, first[v], next.data(), D, scale, to + d, lanes), d += n() * VL<C>; };
+        while (d + 8 * VL<C> <= D) columns(std::integral_constant<int, 8>{}, VL<C>);
+        while (d + 2 * VL<C> <= D) columns(std::integral_constant<int, 2>{}, VL<C>);
+        while (d < D) columns(std::integral_constant<int, 1>{}, std::min<int64_t>(VL<C>, D - d));
     };
-    // Frequent indices tend to be neighbours, so threads take turns along the rows.
-    int64_t rows = std::max<int64_t>(1, NEIGHBOURS / (D * sizeof(T))), parts = threads();
+    // Frequent indices tend to be neighbours, so parts are not of equal length. Taking turns instead would cost more: memory is written
+    // fastest from front to back.
+    int64_t parts = threads(), total = std::accumulate(work.begin(), work.end(), int64_t{});
+    auto boundary = [&](int64_t part) {
+        int64_t b = 0;
+        for (int64_t before = 0; b < BLOCKS && before * parts < total * part; b++) before += work[b];
+        return std::min(V, b << shift);
+    };
     parallel(parts, [&](int64_t begin, int64_t end) {
-        for (int64_t part = begin; part < end; part++)
-            for (int64_t v0 = part * rows; v0 < V; v0 += parts * rows)
-                for (int64_t v = v0; v < std::min(V, v0 + rows); v++) {
-                    if (v + AHEAD < V && first[v + AHEAD] != NOWHERE) fetch(dy + first[v + AHEAD] * D, D * sizeof(T));
-                    row(v);
-                }
+        for (int64_t v = boundary(begin), stop = boundary(end); v < stop; v++) {
+            if (v + AHEAD < V && first[v + AHEAD] != NOWHERE) fetch(dy + first[v + AHEAD] * D, D * sizeof(T));
+            row(v);
+        }
     }, (L + V) * D <= SERIAL_NUMBERS);
 }
 
 // ---- the ops, with every argument checked ------------------------------------------------------------------------------------------
 
-// f(pointer to the indices), of their type; every one of them is in [0, V).
-template <class F> void with_indices(const char* op, const Tensor& indices, int64_t V, const F& f) {
-    auto in_range = [&](auto index) {
-        bool wrong = false;
-        for (int64_t l = 0; l < indices.numel(); l++) wrong |= uint64_t(index[l]) >= uint64_t(V);
-        for (int64_t l = 0; wrong; l++)
-            if (index[l] < 0 || index[l] >= V)
-                fail(op, ": index ", index[l], " at position ", l, " (in row-major order) is out of range for the ", V, " rows of weight");
-        f(index);
-    };
-    if (indices.scalar_type() == ScalarType::Int) in_range(static_cast<const int32_t*>(indices.data_ptr()));
-    else in_range(static_cast<const int64_t*>(indices.data_ptr()));
+// f(pointer to the indices), of their type.
+template <class F> void with_indices(const Tensor& indices, const F& f) {
+    if (indices.scalar_type() == ScalarType::Int) f(static_cast<const int32_t*>(indices.data_ptr()));
+    else f(static_cast<const int64_t*>(indices.data_ptr()));
 }
 
 Tensor checked_indices(const char* op, const Tensor& indices) {
@@ -123,8 +142,8 @@ Tensor embedding_forward(Tensor weight, Tensor indices) {
     std::vector<int64_t> shape = result_shape(indices, D);
     Tensor y = empty(weight, shape.data(), shape.size());
     int64_t size = weight.element_size();
-    with_indices(FORWARD, index, V, [&](auto at) {
-        forward(static_cast<const char*>(w.data_ptr()), at, static_cast<char*>(y.data_ptr()), L, w.stride(0) * size, D * size);
+    with_indices(index, [&](auto at) {
+        forward(static_cast<const char*>(w.data_ptr()), at, static_cast<char*>(y.data_ptr()), L, V, w.stride(0) * size, D * size);
     });
     return y;
 }
@@ -139,10 +158,9 @@ Tensor embedding_backward(Tensor dy, Tensor indices, int64_t V, int64_t padding_
     Tensor dweight = empty(dy, {V, D}), dys = dense(dy);
     with_type(BACKWARD, dy.scalar_type(), [&](auto type) {
         using T = decltype(type);
-        with_indices(BACKWARD, index, V, [&](auto at) {
-            if (D > 0)
-                backward(static_cast<const T*>(dys.data_ptr()), at, static_cast<T*>(dweight.data_ptr()), L, V, D, padding_idx,
-                         scale_grad_by_freq);
+        with_indices(index, [&](auto at) {
+            backward(static_cast<const T*>(dys.data_ptr()), at, static_cast<T*>(dweight.data_ptr()), L, V, D, padding_idx,
+                     scale_grad_by_freq);
         });
     });
     return dweight;

@@ -158,7 +158,7 @@ template <class T> void refuse_outside(const char* name, const T* x, int64_t N) 
 Tensor losses_forward(Tensor x, Tensor target, std::optional<Tensor> weight, std::optional<Tensor> pos_weight, int64_t loss,
                       double parameter, int64_t reduction) {
     Checked c = check(FORWARD, x, target, weight, pos_weight, loss, parameter, reduction);
-    Tensor y = reduction == NONE ? empty_like(x) : empty(x, {});
+    Tensor y = reduction == NONE ? empty(x) : empty(x, {});
     int64_t N = x.numel();
     with_type(FORWARD, x.scalar_type(), [&](auto type) {
         using T = decltype(type);
@@ -178,7 +178,7 @@ std::tuple<Tensor, Tensor> losses_backward(Tensor dy, Tensor x, Tensor target, s
     Checked c = check(BACKWARD, x, target, weight, pos_weight, loss, parameter, reduction);
     if (reduction == NONE) checked_like(BACKWARD, "dy", dy, x);
     else checked(BACKWARD, "dy", dy, x.scalar_type(), {});
-    Tensor dx = need_dx ? empty_like(x) : Tensor(), dtarget = need_dtarget ? empty_like(x) : Tensor(), dys = dense(dy);
+    Tensor dx = need_dx ? empty(x) : Tensor(), dtarget = need_dtarget ? empty(x) : Tensor(), dys = dense(dy);
     int64_t N = x.numel();
     with_type(BACKWARD, x.scalar_type(), [&](auto type) {
         using T = decltype(type);

@@ -1,8 +1,8 @@
 """embedding on the GPU: a program copies ROWS rows, BLOCK columns of each at a time.
 
-The backward adds without atomics, so that every run gives the same bits: the indices are sorted (stably, by torch, which moves L numbers and
-none of dy), and the program of row v of weight adds the rows of dy that lie between the places where v starts and ends. It writes its row
-once, zeros where there is nothing to add. A row that very many indices share is added by one program alone; that is the price.
+The backward adds without atomics, so that every run gives the same bits: the indices are sorted (stably, by torch, which moves L numbers
+and none of dy), and the program of row v of weight adds the rows of dy that lie between the places where v starts and ends. It writes its
+row once, zeros where there is nothing to add. A row that very many indices share is added by one program alone; that is the price.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _checked_indices(indices: Tensor, like: Tensor) -> Tensor:
         )
     if indices.layout is not torch.strided or indices.dtype not in INDICES or indices.device != like.device:
         raise RuntimeError(
-            f"indices must be a strided tensor of int64 or int32 on {like.device}, got {indices.dtype}, {indices.layout} on {indices.device}"
+            f"indices must be strided, of int64 or int32 on {like.device}, got {indices.dtype}, {indices.layout} on {indices.device}"
         )
     return indices.contiguous()
 

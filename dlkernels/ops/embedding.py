@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backend import apply_function, define
+from ..backend import PLAIN_TENSORS, apply_function, define
 from ..contract import needs_grad, require_tensors, unsupported
-from ..registry import Cost, Op, register
+from ..registry import FLOATS, Cost, Op, register
 
 __all__ = ["embedding"]
 
@@ -64,7 +64,7 @@ class _Embedding(torch.autograd.Function):
 
 
 def _dweight(dy: Tensor, indices: Tensor, V: int, padding_idx: int, scale_grad_by_freq: bool) -> Tensor:
-    """The gradient in PyTorch's own operations: a function of dy that can be differentiated in turn, which torch.embedding's cannot always."""
+    """The gradient in PyTorch's own operations, which can be differentiated in turn (torch.embedding's cannot where L is 0)."""
     i, D = indices.reshape(-1).long(), dy.shape[-1]
     share = (i != padding_idx).to(dy.dtype)
     if scale_grad_by_freq:
@@ -78,13 +78,11 @@ def _unsupported(input: Any, weight: Any, max_norm: float | None = None, sparse:
         return "max_norm rescales rows of weight in place; PyTorch does that"
     if sparse:
         return "sparse=True asks for a sparse gradient; kernels write a dense one"
-    reason = unsupported(("weight", weight))
-    if reason is not None:
-        return reason
-    if getattr(input, "dtype", None) is not torch.int32:
-        reason = unsupported(("weight", weight), ("input", input), indices=("input",))
-    elif type(input) is not Tensor or input.device != weight.device:
-        reason = f"input is a {type(input).__name__} on {input.device} and weight on {weight.device}"
+    if type(input) is Tensor and type(weight) in PLAIN_TENSORS and input.dtype in INDICES and weight.dtype in FLOATS:
+        strided = input.layout is torch.strided and weight.layout is torch.strided and weight.dim() == 2
+        if strided and ((input.is_cpu and weight.is_cpu) or (input.device == weight.device and weight.device.type in ("cuda", "meta"))):
+            return None  # nearly every call; `unsupported` comes to the same, but takes as long as copying some rows
+    reason = unsupported(("weight", weight), ("input", input), indices=("input",))
     if reason is None and weight.dim() != 2:
         return f"weight has shape {tuple(weight.shape)}, needs (V, D)"
     return reason
@@ -141,8 +139,8 @@ def _native(weight: Tensor, indices: Tensor) -> Tensor:
 
 def _supports(first: Any, second: Any, *options: Any) -> str | None:
     """``_unsupported`` for the arguments of the public function, or for a weight and its indices."""
-    if getattr(first, "dtype", None) in INDICES or options:
-        padding_idx, max_norm, norm_type, scale, sparse = (*options, None, None, 2.0, False, False)[:5] if len(options) < 5 else options
+    if options or getattr(first, "dtype", None) in INDICES:
+        max_norm, sparse = options[1] if len(options) > 1 else None, len(options) > 4 and options[4]
         return _unsupported(first, second, max_norm, sparse)
     return _unsupported(second, first)
 
