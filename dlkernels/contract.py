@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backend import PLAIN_TENSORS, is_tracing
+from .backend import PLAIN_TENSORS, apply_function, is_tracing
 from .registry import FLOATS
 
 Optionals = tuple[Tensor | None, ...]  # what was not asked for is None
@@ -67,6 +67,52 @@ def needs_grad(*tensors: Tensor | None) -> bool:
             if t is not None and t.requires_grad:
                 return True
     return False
+
+
+def is_transformed() -> bool:
+    """Whether this call is traced or runs under torch.func: where arguments cannot be overwritten by a kernel."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def in_memory_order(x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """``x`` with its dimensions permuted to the order in which they lie in memory, and the function that permutes a result back.
+
+    An elementwise kernel then sees one contiguous array wherever the numbers of ``x`` lie densely, and its result has the strides that
+    torch gives it.
+    """
+    if x.is_contiguous():
+        return x, _itself
+    strides = torch.empty_like(x, device="meta").stride()  # what torch makes of strides with gaps, or of 0
+    order = sorted(range(x.dim()), key=lambda d: -strides[d])
+    back = sorted(range(x.dim()), key=lambda d: order[d])
+    return x.permute(order), lambda y: y.permute(back)
+
+
+def _itself(y: Tensor) -> Tensor:
+    return y
+
+
+def overwrite(input: Tensor, function: Any, raw: Callable[..., Any], compute: Callable[..., Tensor], *args: Any) -> Tensor:
+    """``input``, overwritten by an elementwise op: by ``raw(x, *args)`` in its own memory, within ``function`` (an autograd.Function that
+    calls ``raw`` and marks x dirty) where that is recorded; by a copy of ``compute(input, *args)`` where memory or transforms forbid it.
+
+    Raises:
+        RuntimeError: ``input`` is a leaf that requires grad, or a view of one; or several of its numbers lie in one place.
+    """
+    x, _ = in_memory_order(input)
+    if is_transformed() or not x.is_contiguous():
+        return input.copy_(compute(input, *args))
+    if needs_grad(x):
+        base = input._base if input._base is not None else input
+        if base.is_leaf and base.requires_grad:
+            kind = "a leaf" if base is input else "a view of a leaf"
+            raise RuntimeError(f"input is {kind} that requires grad; it cannot be changed in place while gradients are recorded")
+        apply_function(function, x, *args)
+    else:
+        raw(x, *args)
+        if not x.is_inference():
+            torch.autograd.graph.increment_version(x)
+    return input
 
 
 def reference_gradients(definition: Callable[..., Any], args: Sequence[Any], needs: Sequence[bool], dys: Any) -> Optionals:

@@ -103,16 +103,16 @@ def test_backward_twice_through_a_retained_graph(op: Op) -> None:
 
 @each_op
 def test_second_derivatives(op: Op) -> None:
-    """With create_graph=True the gradients of a function of the gradients are native's."""
+    """With create_graph=True the gradients, for arguments and dy, of a function of the gradients are native's."""
     args, dys = example(op, torch.float64)
 
     def second(function: Callable[..., Any]) -> list[Tensor]:
         leaves = map_tensors(lambda t: t.detach().requires_grad_(), args)
-        wanted = [leaves[i] for i in differentiable(leaves)]
-        first = torch.autograd.grad(function(*leaves), wanted, dys, create_graph=True)
+        wanted, cotangent = [leaves[i] for i in differentiable(leaves)], [dy.clone().requires_grad_() for dy in dys]
+        first = torch.autograd.grad(function(*leaves), wanted, cotangent, create_graph=True)
         assert all(grad.requires_grad for grad in first[:2]), "create_graph=True gave a gradient that cannot be differentiated"
         total = torch.stack([(grad**2).sum() for grad in first]).sum()
-        return list(torch.autograd.grad(total, wanted, allow_unused=True, materialize_grads=True))
+        return list(torch.autograd.grad(total, [*wanted, *cotangent], allow_unused=True, materialize_grads=True))
 
     for ours, native in zip(second(op.call), second(op.native)):
         torch.testing.assert_close(ours, native)
@@ -235,9 +235,13 @@ def test_fake_and_meta_tensors(op: Op) -> None:
     """Shape, dtype, device and strides without data are those of the real result, forward and backward."""
     args, dys = example(op)
     real = results(op, op.call, args, dys)
+
+    def moved(move: Callable[[Tensor], Tensor]) -> Any:
+        return results(op, op.call, *(tuple(move(t) if isinstance(t, Tensor) else t for t in some) for some in (args, dys)))
+
     with FakeTensorMode() as mode:
-        fake = results(op, op.call, map_tensors(mode.from_tensor, args), map_tensors(mode.from_tensor, dys))
-    meta = results(op, op.call, map_tensors(lambda t: t.to("meta"), args), map_tensors(lambda t: t.to("meta"), dys))
+        fake = moved(mode.from_tensor)
+    meta = moved(lambda t: t.to("meta"))
     for name, value in real.items():
         for other, device in ((fake[name], "cpu"), (meta[name], "meta")):
             assert (other.shape, other.dtype, other.stride(), other.device.type) == (value.shape, value.dtype, value.stride(), device)

@@ -37,20 +37,27 @@ inline std::string shape_text(const Tensor& t) {
 }
 
 // Require `t` to be a strided CPU tensor of this dtype and shape; `name` and `op` appear in the message.
-inline const Tensor& checked(const char* op, const char* name, const Tensor& t, ScalarType dtype, std::initializer_list<int64_t> shape) {
+inline const Tensor& checked(const char* op, const char* name, const Tensor& t, ScalarType dtype, const int64_t* shape, size_t rank) {
     if (!t.defined()) fail(op, ": ", name, " is undefined, needs a tensor");
     if (!t.is_cpu()) fail(op, ": ", name, " is not on the cpu, where this kernel runs");
     if (t.layout() != torch::headeronly::Layout::Strided) fail(op, ": ", name, " must be a strided tensor");
     if (t.scalar_type() != dtype)
         fail(op, ": ", name, " has dtype ", toString(t.scalar_type()), ", needs ", toString(dtype), " like the other arguments");
-    bool fits = t.sizes().size() == shape.size();
-    for (size_t i = 0; fits && i < shape.size(); i++) fits = t.sizes()[i] == shape.begin()[i];
+    bool fits = t.sizes().size() == rank;
+    for (size_t i = 0; fits && i < rank; i++) fits = t.sizes()[i] == shape[i];
     if (!fits) {
         std::ostringstream wanted;
-        for (size_t i = 0; i < shape.size(); i++) wanted << (i ? ", " : "") << shape.begin()[i];
+        for (size_t i = 0; i < rank; i++) wanted << (i ? ", " : "") << shape[i];
         fail(op, ": ", name, " has shape ", shape_text(t), ", needs (", wanted.str(), ")");
     }
     return t;
+}
+inline const Tensor& checked(const char* op, const char* name, const Tensor& t, ScalarType dtype, std::initializer_list<int64_t> shape) {
+    return checked(op, name, t, dtype, shape.begin(), shape.size());
+}
+// Of the dtype and shape of `like`.
+inline const Tensor& checked_like(const char* op, const char* name, const Tensor& t, const Tensor& like) {
+    return checked(op, name, t, like.scalar_type(), like.sizes().data(), like.sizes().size());
 }
 
 // The rank of `t`, which the shapes of the other arguments are read from.
@@ -62,16 +69,16 @@ inline const Tensor& ranked(const char* op, const char* name, const Tensor& t, i
 // An uninitialised row-major tensor of this shape, from the C interface underneath torch::stable: new_empty there goes through the
 // dispatcher, which takes as long as a small product.
 // The system maps a fresh large one page by page as it is first written; we ask for large pages.
-inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape) {
-    int64_t strides[8], step = 1;  // no result has more dimensions
-    for (size_t i = shape.size(); i-- > 0;) strides[i] = step, step *= std::max<int64_t>(shape.begin()[i], 1);
+inline Tensor empty(const Tensor& like, const int64_t* shape, size_t rank) {
+    int64_t strides[64], step = 1;  // no tensor has more dimensions
+    for (size_t i = rank; i-- > 0;) strides[i] = step, step *= std::max<int64_t>(shape[i], 1);
     int32_t dtype, cpu = aoti_torch_device_type_cpu();
     AtenTensorHandle handle;
     if (aoti_torch_get_dtype(like.get(), &dtype) ||  // these return 0 when all went well
-        aoti_torch_empty_strided(shape.size(), shape.begin(), strides, dtype, cpu, 0, &handle)) {
+        aoti_torch_empty_strided(rank, shape, strides, dtype, cpu, 0, &handle)) {
         std::ostringstream size;
-        for (int64_t n : shape) size << " x " << n;
-        fail("not enough memory for a result of ", size.str().substr(3), " elements of ", like.element_size(), " bytes");
+        for (size_t i = 0; i < rank; i++) size << " x " << shape[i];
+        fail("not enough memory for a result of ", rank ? size.str().substr(3) : "1", " elements of ", like.element_size(), " bytes");
     }
     Tensor t(handle);
 #ifdef MADV_HUGEPAGE
@@ -82,6 +89,8 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape) {
 #endif
     return t;
 }
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape) { return empty(like, shape.begin(), shape.size()); }
+inline Tensor empty(const Tensor& like) { return empty(like, like.sizes().data(), like.sizes().size()); }
 
 inline Tensor contiguous_copy(const Tensor& t) {
     try {

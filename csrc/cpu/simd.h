@@ -88,6 +88,19 @@ template <class V, class T> inline void store_raw(T* p, V v, int n) {
     memcpy(p, &v, n * sizeof(T));
 }
 
+// The 64-bit products of the lower halves of 64-bit lanes.
+inline vec<uint64_t> multiply_low(vec<uint64_t> a, vec<uint64_t> b) {
+#if defined(__AVX512F__)
+    return bits_as<vec<uint64_t>>(_mm512_mul_epu32(bits_as<__m512i>(a), bits_as<__m512i>(b)));
+#elif defined(__AVX2__) && !defined(EMULATE_TILES)
+    return bits_as<vec<uint64_t>>(_mm256_mul_epu32(bits_as<__m256i>(a), bits_as<__m256i>(b)));
+#elif defined(__SSE2__) && !defined(EMULATE_TILES)
+    return bits_as<vec<uint64_t>>(_mm_mul_epu32(bits_as<__m128i>(a), bits_as<__m128i>(b)));
+#else
+    return (a & 0xffffffffu) * (b & 0xffffffffu);
+#endif
+}
+
 // ---- half precision ------------------------------------------------------------------------------------------------------------
 
 inline vec<float> widen(halves h, bf16) { return bits_as<vec<float>>(__builtin_convertvector(h, vec<uint32_t>) << 16); }

@@ -42,7 +42,7 @@ TARGETS = {
     "sm_100": Target(GPUTarget("cuda", 100, 32), Device("B200", 148, 227 << 10), r"(?:tcgen05\.mma|mma\.sync)\S*"),
     "gfx942": Target(GPUTarget("hip", "gfx942", 64), Device("MI300X", 304, 64 << 10), r"v_mfma_\w+"),
 }
-POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
 
 
 @dataclass(frozen=True)

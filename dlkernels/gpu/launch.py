@@ -108,6 +108,12 @@ def check_tensor(name: str, t: Tensor, like: Tensor, shape: tuple[int, ...]) -> 
         raise RuntimeError(f"{name} must have shape {shape}, got {tuple(t.shape)}")
 
 
+def check_seed(seed: Tensor, like: Tensor) -> None:
+    """Require of ``seed``: one int64 on the device of ``like``; RuntimeError where it is not."""
+    if type(seed) is not Tensor or seed.dtype != torch.int64 or tuple(seed.shape) != (1,) or seed.device != like.device:
+        raise RuntimeError(f"seed must be one int64 on {like.device}, got {seed.dtype} of shape {tuple(seed.shape)} on {seed.device}")
+
+
 def precision(dtype: torch.dtype) -> str:
     """How a product of fp32 tiles is computed: "tf32" on tensor cores where PyTorch's own setting allows it, else "ieee"."""
     if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
