@@ -62,13 +62,35 @@ def mills(v: mp.mpf, c: int) -> mp.mpf:
     return (t + 2 * c) * mp.exp(t * t / 2) * mp.erfc(t / mp.sqrt(2)) / 2
 
 
+def at_place(f: Function, limit: mp.mpf) -> Function:
+    """f of x as a function of x^2 - limit^2/2, which lies around 0."""
+    return lambda u: f(mp.sqrt(u + limit * limit / 2))
+
+
+def cdf_slope(x: mp.mpf) -> mp.mpf:
+    """(Phi(x) - 1/2) / x."""
+    return mp.hyp1f1(0.5, 1.5, -x * x / 2) / mp.sqrt(2 * mp.pi)
+
+
+def gelu_gradient_slope(x: mp.mpf) -> mp.mpf:
+    """((x Phi(x))' - 1/2) / x."""
+    return cdf_slope(x) + mp.exp(-x * x / 2) / mp.sqrt(2 * mp.pi)
+
+
+def odd(f: Function, limit: float, degree: int) -> tuple[list[mp.mpf], mp.mpf]:
+    """f(x) / x for 0 <= x <= limit, with the smallest error in f."""
+    half = mp.mpf(limit) ** 2 / 2
+    return remez(at_place(f, mp.mpf(limit)), at_place(lambda x: x + 0.01, mp.mpf(limit)), -half, half, degree)
+
+
 def tables(ctype: str) -> dict[str, tuple[list[mp.mpf], mp.mpf]]:
     """The coefficients and the worst error of every polynomial for ctype "float" or "double", by its name in math.h."""
     degree = {"float": (4, 3, 6, 9), "double": (9, 6, 11, 21)}[ctype]
     c, limit = {"float": (2, mp.mpf(14.5)), "double": (3, mp.mpf(39))}[ctype]
     ln2, s2 = mp.log(2), (3 - 2 * mp.sqrt(2)) ** 2
+    only_float = {"gelu": odd(cdf_slope, 5.3, 14), "gelu_gradient": odd(gelu_gradient_slope, 5.8, 17)} if ctype == "float" else {}
     # A weight turns the error of the polynomial into that of the function; 0.01 and 0.001 keep the equations regular where it would be 0.
-    return {
+    return only_float | {
         "exp": remez(exp_tail, lambda r: (r * r + 0.01) * mp.exp(-r), -0.501 * ln2, 0.501 * ln2, degree[0]),
         "log": remez(log_tail, lambda z: (z + 0.001) / 2, mp.mpf(0), s2, degree[1]),
         "erf": remez(erf_tail, lambda z: mp.mpf(1), mp.mpf(0), mp.mpf(1), degree[2]),

@@ -174,7 +174,12 @@ def test_gradient_has_the_mask_of_the_forward() -> None:
 def test_only_the_seed_is_kept() -> None:
     kept: list[Tensor] = []
     x = torch.ones(10_000, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+
+    def note(t: Tensor) -> Tensor:
+        kept.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
         F.dropout(x * 1.5).sum()
     assert max(t.numel() for t in kept if t.dtype == torch.int64) == 1
     assert not any(t.numel() == x.numel() for t in kept)
@@ -293,8 +298,9 @@ def test_vmap_asks_for_the_randomness() -> None:
 @pytest.mark.parametrize("inplace", [False, True])
 def test_unusual_arguments(args: tuple[Any, ...], inplace: bool) -> None:
     """A result like torch's, or an exception of torch's type."""
-    outcomes = []
-    for function in (F.dropout, torch.nn.functional.dropout):
+    outcomes: list[Any] = []
+    functions: list[Any] = [F.dropout, torch.nn.functional.dropout]
+    for function in functions:
         try:
             y = function(*args, inplace=inplace)
             outcomes.append((y.shape, y.dtype, y.layout, y.device))

@@ -66,6 +66,8 @@ FLOAT64: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "log": torch.log,
     "tanh": torch.tanh,
     "sigmoid": sigmoid64,
+    "elu": lambda x: torch.where(x > 0, x, torch.expm1(x)),
+    "softplus": lambda x: x.clamp(min=0) + torch.log1p(torch.exp(-x.abs())),
     "erf": torch.erf,
     "gauss_cdf": lambda x: torch.erfc(-x / math.sqrt(2)) / 2,
     "gauss_pdf": lambda x: torch.exp(-x * x / 2) / math.sqrt(2 * math.pi),
@@ -75,6 +77,8 @@ EXACT: dict[str, Callable[[mp.mpf], mp.mpf]] = {
     "log": mp.log,
     "tanh": mp.tanh,
     "sigmoid": lambda x: 1 / (1 + mp.exp(-x)),
+    "elu": lambda x: x if x > 0 else mp.expm1(x),
+    "softplus": lambda x: x if x > 200 else mp.log1p(mp.exp(x)),
     "erf": mp.erf,
     "gauss_cdf": lambda x: mp.erfc(-x / mp.sqrt(2)) / 2,
     "gauss_pdf": lambda x: mp.exp(-x * x / 2) / mp.sqrt(2 * mp.pi),
@@ -82,11 +86,11 @@ EXACT: dict[str, Callable[[mp.mpf], mp.mpf]] = {
 
 
 def exact64(name: str, x: float) -> tuple[float, float]:
-    """f(x) as the unevaluated sum of two doubles. Beyond 800 every function but the logarithm has reached its limit."""
+    """f(x) as the unevaluated sum of two doubles. Beyond 800 every function that does not grow forever has reached its limit."""
     with mp.workdps(50):
         if math.isnan(x) or (name == "log" and x < 0):
             return math.nan, 0.0
-        y = EXACT[name](mp.mpf(x if name == "log" else max(-800.0, min(800.0, x))))
+        y = EXACT[name](mp.mpf(x if name in ("log", "elu", "softplus") else max(-800.0, min(800.0, x))))
         rounded = float(y)
         return rounded, 0.0 if math.isinf(rounded) else float(y - mp.mpf(rounded))
 
@@ -157,9 +161,9 @@ def test_error_in_ulp(values: dict[str, np.ndarray], name: str, dtype: str) -> N
 def test_ranges_and_symmetry(values: dict[str, np.ndarray], dtype: str) -> None:
     x = points()[dtype]
     number = ~np.isnan(x)
-    for name, low in (("tanh", -1), ("erf", -1), ("sigmoid", 0), ("gauss_cdf", 0), ("exp", 0)):
+    for name, low in (("tanh", -1), ("erf", -1), ("sigmoid", 0), ("gauss_cdf", 0), ("exp", 0), ("elu", -1), ("softplus", 0)):
         y = values[f"{name}_{dtype}"][number]
-        assert y.min() >= low and (name == "exp" or y.max() <= 1), name
+        assert y.min() >= low and (name in ("exp", "elu", "softplus") or y.max() <= 1), name
     for name in ("tanh", "erf"):
         y = values[f"{name}_{dtype}"][number]
         assert np.array_equal(np.signbit(y), np.signbit(x[number])), name
@@ -171,6 +175,8 @@ EDGES = {  # exact values, at 0, -0, inf, -inf, NaN
     "log": [-INF, -INF, INF, NAN, NAN],
     "tanh": [0.0, -0.0, 1, -1, NAN],
     "sigmoid": [0.5, 0.5, 1, 0, NAN],
+    "elu": [0.0, 0.0, INF, -1, NAN],
+    "softplus": [math.log(2), math.log(2), INF, 0, NAN],
     "erf": [0.0, -0.0, 1, -1, NAN],
     "gauss_cdf": [0.5, 0.5, 1, 0, NAN],
     "gauss_pdf": [1 / math.sqrt(2 * math.pi)] * 2 + [0, 0, NAN],

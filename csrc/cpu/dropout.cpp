@@ -1,7 +1,7 @@
 // dropout: y[n] = x[n] * factor(n), where the factor, 0 or 1 / (1 - p), is computed from the seed and the place n alone (philox.h).
 //
-// Forward and backward are this one map, so no mask is ever in memory: N numbers are read and N written. In a thread's stretch each block of
-// 64 numbers costs some 130 vector instructions of the generator, about as long as memory takes to bring and fetch them as floats.
+// Forward and backward are this one map, so no mask is ever in memory: N numbers are read and N written. A block of 64 numbers costs some
+// 130 instructions of the generator, on AVX-512, about the time that memory takes to bring 64 floats and to fetch them.
 #include "op.h"
 #include "philox.h"
 #include "rows.h"

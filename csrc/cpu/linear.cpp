@@ -156,7 +156,7 @@ template <class T> void activation_gradient(Activation act, Matrix<T> dy, Matrix
 }
 
 Activation checked_activation(const char* op, int64_t code, double slope) {
-    if (code < 0 || code >= CODES) fail(op, ": activation has code ", code, ", needs 0 to ", CODES - 1);
+    if (code < 0 || code >= EPILOGUES) fail(op, ": activation has code ", code, ", needs 0 to ", EPILOGUES - 1);
     return {int(code), slope};
 }
 

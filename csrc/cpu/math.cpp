@@ -15,10 +15,12 @@ template <class T> static void evaluate(const std::string& f, const T* x, T* y, 
     if (f == "log") return map(x, y, n, [](V v) { return log<T>(v); });
     if (f == "tanh") return map(x, y, n, [](V v) { return tanh<T>(v); });
     if (f == "sigmoid") return map(x, y, n, [](V v) { return sigmoid<T>(v); });
+    if (f == "elu") return map(x, y, n, [](V v) { return elu<T>(v); });
+    if (f == "softplus") return map(x, y, n, [](V v) { return softplus<T>(v); });
     if (f == "erf") return map(x, y, n, [](V v) { return erf<T>(v); });
     if (f == "gauss_cdf") return map(x, y, n, [](V v) { return gauss_cdf<T>(v); });
     if (f == "gauss_pdf") return map(x, y, n, [](V v) { return gauss_pdf<T>(v); });
-    fail("vector_math: f is '", f, "', needs exp, log, tanh, sigmoid, erf, gauss_cdf or gauss_pdf");
+    fail("vector_math: f is '", f, "', needs exp, log, tanh, sigmoid, elu, softplus, erf, gauss_cdf or gauss_pdf");
 }
 
 // x: a contiguous float32 or float64 CPU tensor of any shape. f(x), same shape.

@@ -1,6 +1,6 @@
-// exp, log, tanh, sigmoid, erf and the normal distribution on vectors: arithmetic and selects only, no branch, no table look-up.
+// exp, log, tanh, sigmoid, elu, softplus, erf and the normal distribution on vectors: arithmetic and selects, no branch, no table look-up.
 //
-//   vec<float> y = exp<float>(x);         also log, tanh, sigmoid, erf, gauss_cdf, gauss_pdf; and all of them for double
+//   vec<float> y = exp<float>(x);         also log, tanh, sigmoid, elu, softplus, erf, gauss_cdf, gauss_pdf; and all of them for double
 //
 // Each function does what a textbook does by hand: an identity moves the argument into a short interval, a polynomial serves there, and
 // the identity is undone. NaN gives NaN, -0 stays -0 where the function is odd, infinities give the limits, and no result is flushed to 0.
@@ -13,6 +13,8 @@
 //     log           1.0     1.0
 //     tanh          3.0     3.0
 //     sigmoid       3.0     3.0
+//     elu           2.0     2.0
+//     softplus      2.5     2.5
 //     erf           1.5     1.5
 //     gauss_cdf     5.0     7.0    relative, also where Phi(x) is as small as 1e-300: so is x Phi(x), the gelu
 //     gauss_pdf     3.0     3.0
@@ -38,6 +40,15 @@ template <> struct coefficients<float> {
     static constexpr float mills_centre = 2;
     static constexpr float mills[] = {1.00861201f, -1.24996614f, 1.09500376f, -0.645213823f, 0.206317153f, 0.0108961560f,
                                       -0.0348758127f, 0.00422343907f, 0.00574626245f, -0.00175769207f};
+    // (Phi(x) - 1/2) / x and ((x Phi(x))' - 1/2) / x in x^2 - limit^2/2 on |x| <= limit: errors of what is above x 2^-25.65 and 2^-25.03
+    static constexpr float gelu_limit = 5.3, gelu_gradient_limit = 5.8;
+    static constexpr float gelu[] = {0.133392563f, -0.00473609870f, 0.000249739728f, -1.42892151e-5f, 8.24404732e-7f, -4.62897907e-8f,
+                                     2.46564368e-9f, -1.22299105e-10f, 5.82977731e-12f, -2.75116076e-13f, 1.05012003e-14f,
+                                     -2.60982125e-16f, 1.24004758e-17f, -9.24385990e-19f, 2.44452533e-20f};
+    static constexpr float gelu_gradient[] = {0.121998775f, -0.00366572362f, 0.000171911687f, -9.70813887e-6f, 6.26699405e-7f,
+                                              -4.28710717e-8f, 2.87429983e-9f, -1.82938612e-10f, 1.08907029e-11f, -5.59678499e-13f,
+                                              2.41200546e-14f, -1.19887657e-15f, 6.82399139e-17f, -2.07340042e-18f, 2.41017391e-21f,
+                                              -1.19809953e-21f, 1.78823265e-22f, -4.24575751e-24f};
 };
 
 template <> struct coefficients<double> {
@@ -82,12 +93,12 @@ template <class T, int n> inline vec<T> polynomial(const T (&c)[n], vec<T> x) {
 // ---- the exponential family ------------------------------------------------------------------------------------------------------
 
 // x - y = n ln 2 + r with n an integer and |r| <= ln(2) / 2, so that e^(x - y) = 2^n e^r. y is a small correction to x.
-// n appears by adding a number so large that the spacing of its neighbours is 1: the low bits of the sum are n, here with twice the
-// exponent bias added, which both uses below want. n * ln2_high and the first difference are exact, with or without fused multiply-add.
+// n appears by adding a number so large that the spacing of its neighbours is 1: the low bits of the sum are n, with BIASES times the
+// exponent bias added where the use wants it. n * ln2_high and the first difference are exact, with or without fused multiply-add.
 template <class T> struct reduced { vec<T> r; bits<T> n; };
-template <class T> inline reduced<T> reduce(vec<T> x, vec<T> y = vec<T>{}) {
+template <class T, int BIASES> inline reduced<T> reduce(vec<T> x, vec<T> y = vec<T>{}) {
     using C = coefficients<T>;
-    constexpr T log2e = T(1.44269504088896340736), round = T(3LL << (C::mantissa - 1)) + 2 * C::bias;
+    constexpr T log2e = T(1.44269504088896340736), round = T(3LL << (C::mantissa - 1)) + BIASES * C::bias;
     vec<T> shifted = (x - y) * log2e + round, n = shifted - round;
     return {x - n * C::ln2_high - n * C::ln2_low - y, bits_as<bits<T>>(shifted)};
 }
@@ -103,17 +114,32 @@ template <class T> inline vec<T> expm1_reduced(vec<T> r) { return r + r * r * po
 template <class T> inline vec<T> exp(vec<T> x, vec<T> y = vec<T>{}) {
     using C = coefficients<T>;
     x = min(set<T>(C::exp_high), max(set<T>(C::exp_low), x));
-    auto [r, n] = reduce<T>(x, y);
+    auto [r, n] = reduce<T, 2>(x, y);
     bits<T> half = n >> 1;
     return (1 + expm1_reduced<T>(r)) * exponent<T>(half) * exponent<T>(n - half);
 }
 
-// tanh |x| = -m / (m + 2) with m = e^(-2|x|) - 1 = 2^n (e^r - 1) + (2^n - 1): near 0 nothing cancels, far out m = -1.
+// e^x where it is a normal number, as the caller knows: 2^n is added to the exponent.
+template <class T> inline vec<T> exp_normal(vec<T> x) {
+    auto [r, n] = reduce<T, 0>(x);
+    return bits_as<vec<T>>(bits_as<bits<T>>(1 + expm1_reduced<T>(r)) + (n << coefficients<T>::mantissa));
+}
+
+// e^x - 1 for x <= 0: 2^n (e^r - 1) + (2^n - 1). Near 0 nothing cancels, far out it is -1.
+template <class T> inline vec<T> expm1_negative(vec<T> x) {
+    auto [r, n] = reduce<T, 1>(max(set<T>(-2 * coefficients<T>::tanh_high), x));
+    vec<T> s = exponent<T>(n);
+    return s * expm1_reduced<T>(r) + (s - 1);
+}
+
+// tanh |x| = -m / (m + 2) with m = e^(-2|x|) - 1.
 template <class T> inline vec<T> tanh(vec<T> x) {
-    auto [r, n] = reduce<T>(-2 * min(set<T>(coefficients<T>::tanh_high), magnitude<T>(x)));
-    vec<T> s = exponent<T>(n - coefficients<T>::bias), m = s * expm1_reduced<T>(r) + (s - 1);
+    vec<T> m = expm1_negative<T>(-2 * magnitude<T>(x));
     return with_sign_of<T>(x, magnitude<T>(m) / (m + 2));
 }
+
+// x where it is positive, else e^x - 1.
+template <class T> inline vec<T> elu(vec<T> x) { return x > 0 ? x : expm1_negative<T>(x); }
 
 // 1 / (1 + e^-x) = e^x / (1 + e^x): with z = e^-|x| <= 1 nothing overflows, and the left tail keeps its relative accuracy.
 template <class T> inline vec<T> sigmoid(vec<T> x) {
@@ -123,9 +149,17 @@ template <class T> inline vec<T> sigmoid(vec<T> x) {
 
 // ---- the logarithm ---------------------------------------------------------------------------------------------------------------
 
-// x = 2^e (1 + f) with sqrt(1/2) <= 1 + f < sqrt 2, and with s = f / (2 + f)
+// log(1 + f) + e ln 2 for sqrt(1/2) <= 1 + f < sqrt 2: with s = f / (2 + f)
 //     log(1 + f) = log((1 + s) / (1 - s)) = 2s + s^3 R(s^2) = f - (f^2/2 - s (f^2/2 + s^2 R)),
 // where the last form has f, which is exact, as its leading term (the classical scheme of Sun's fdlibm).
+template <class T> inline vec<T> log_near_1(vec<T> f, vec<T> e) {
+    using C = coefficients<T>;
+    vec<T> s = f / (2 + f), z = s * s, half_square = f * f * T(0.5);
+    vec<T> tail = s * (half_square + z * polynomial(C::log, z)) + e * C::ln2_low;
+    return e * C::ln2_high + (f - (half_square - tail));
+}
+
+// x = 2^e (1 + f).
 template <class T> inline vec<T> log(vec<T> x) {
     using C = coefficients<T>;
     constexpr T infinity = T(__builtin_inf()), two_to_mantissa = T(1LL << C::mantissa);
@@ -137,12 +171,16 @@ template <class T> inline vec<T> log(vec<T> x) {
     vec<T> e = bits_as<vec<T>>(biased | bits_as<bits<T>>(set<T>(two_to_mantissa))) - (two_to_mantissa + C::bias);  // integer to T
     e = x < C::smallest_normal ? e - C::mantissa : e;
 
-    vec<T> s = f / (2 + f), z = s * s, half_square = f * f * T(0.5);
-    vec<T> tail = s * (half_square + z * polynomial(C::log, z)) + e * C::ln2_low;
-    vec<T> y = e * C::ln2_high + (f - (half_square - tail));
-
+    vec<T> y = log_near_1<T>(f, e);
     y = x < infinity ? y : x;  // infinity and NaN
     return x > 0 ? y : x == 0 ? set<T>(-infinity) : set<T>(T(__builtin_nan("")));
+}
+
+// log(1 + e^x) = max(x, 0) + log(1 + u) with u = e^-|x| <= 1, where 1 + u is halved if it is beyond sqrt 2.
+template <class T> inline vec<T> softplus(vec<T> x) {
+    vec<T> u = exp<T>(-magnitude<T>(x)), zero{}, one = set<T>(1);
+    auto large = u > T(0.41421356237309504880);
+    return (x > 0 ? x : zero) + log_near_1<T>(large ? (u - one) * T(0.5) : u, large ? one : zero);
 }
 
 // ---- the normal distribution -----------------------------------------------------------------------------------------------------
@@ -171,6 +209,17 @@ template <class T> inline vec<T> gauss_cdf(vec<T> x) {
 
 // Phi'(x) = e^(-x^2/2) / sqrt(2 pi).
 template <class T> inline vec<T> gauss_pdf(vec<T> x) { return gauss<T>(magnitude<T>(x)) * T(0.39894228040143267794); }
+
+// Phi(x) and (x Phi(x))' of floats for the gelu, at a third of the time: within 2e-7 everywhere, not relative to the tail, which ends in 0.
+template <int n> inline vec<float> odd_step(const float (&c)[n], float limit, vec<float> x) {
+    const vec<float> low = set(-limit), high = set(limit), a = min(high, max(low, x));
+    vec<float> y = 0.5f + a * polynomial(c, a * a - limit * limit / 2);
+    return x < low ? vec<float>{} : y;
+}
+inline vec<float> gelu_cdf(vec<float> x) { return odd_step(coefficients<float>::gelu, coefficients<float>::gelu_limit, x); }
+inline vec<float> gelu_gradient(vec<float> x) {
+    return odd_step(coefficients<float>::gelu_gradient, coefficients<float>::gelu_gradient_limit, x);
+}
 
 // |x| < 1: x + x E(x^2). Else 1 - 2 Phi(-sqrt2 |x|), which no longer cancels.
 template <class T> inline vec<T> erf(vec<T> x) {
