@@ -23,11 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import apply_function, define
-from ..contract import Optionals, autocast_dtype, needs_grad, reference_gradients, require_tensors
+from ..contract import Optionals, autocast_dtype, needs_grad, reference_gradients, require_tensors, unsupported
 from ..registry import Cost, Op, register
 from .dropout import LOW, draw_seed, dropout, philox
-from .layer_norm import _unsupported as _unsupported_rows
-from .layer_norm import check_rows, layer_norm, make_rows, statistics_dtype
+from .layer_norm import check_rows, layer_norm, make_rows, misfit, statistics_dtype
 
 __all__ = ["add_layer_norm", "dropout_add_layer_norm"]
 
@@ -135,9 +134,9 @@ def _unsupported(
     x: Tensor, residual: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, seed: Tensor | None = None, shape: Any = None
 ) -> str | None:
     """Why the sum and its layer_norm are computed one after the other, or None where a kernel does both."""
-    reason = _unsupported_rows(x, weight, bias, shape) or _unsupported_rows(residual, None, None, shape)
-    if reason is None and (x.shape != residual.shape or x.dtype != residual.dtype or x.device != residual.device):
-        return f"residual is {residual.dtype} {tuple(residual.shape)} on {residual.device}; needs to be like input"
+    reason = unsupported(("input", x), ("residual", residual), optional=(("weight", weight), ("bias", bias))) or misfit(x, weight, bias, shape)
+    if reason is None and (x.shape != residual.shape or x.dtype != residual.dtype):
+        return f"residual is {residual.dtype} {tuple(residual.shape)}, needs to be like input"
     if reason is None and not x.is_cpu and autocast_dtype(x) is not None:
         return "autocast takes the sum in one dtype and layer_norm in another"
     return reason
