@@ -3,11 +3,19 @@
 //   dx = rstd (g - c1 - x^ c2) + dsum      c1 = mean of g over the row (0 where x is not centred),  c2 = mean of g x^
 //   dweight = sum over rows of dy x^       dbias = sum over rows of dy
 //
-//   up to LONG columns   a group of rows is one task: each row is summed, then mapped, and the columns' sums of a group are its own until
-//                        all groups are added in order
+// A row is looked at twice: for its sums and its part of the columns' sums, then for dx; only the first look goes to memory.
+//
+//   up to LONG columns   a group of rows is one task. The columns' sums of a group are its own until all groups are added in order. Where
+//                        they do not fit the L1 cache beside a row, ROWS rows are summed together, so that they pass by less often
 //   longer rows          batches of rows: (row, block) are summed, then each block of columns maps all rows of the batch and sums them
 #pragma once
 #include "norm.h"
+
+constexpr int64_t LONG = 16384;                  // up to here ROWS rows of x and dy, and the sums of their columns, stay in the L2 cache
+constexpr int64_t SHORT = 1024;                  // up to here a row and the sums of its columns stay in the L1 cache
+constexpr int64_t GROUP_ROWS = 16, GROUPS = 64;  // at least so many rows are a group, and there are at most so many groups
+constexpr int ROWS = 4;
+enum Slot { GROUP_SUMS = 4, COLUMN_SUMS };
 
 template <class T, class W> struct NormBackward : Norm<T, W> {
     using Base = Norm<T, W>;
@@ -20,15 +28,17 @@ template <class T, class W> struct NormBackward : Norm<T, W> {
 
     struct Sums { C g, gx; };  // of a row: g and g x^
 
-    // Adds to columns [begin, end) of column sums dw and db, which lie from `begin` on; or starts them. Either may be null.
-    template <int R> void sum_rows(int64_t m, int64_t begin, int64_t end, C* dw, C* db, bool start, Sums (&out)[R]) const {
-        const Rows<C, R> row = this->template rows<R>(m);
+    // The sums of R rows over columns [begin, end), and the columns' own: added to dw and db, which lie from `begin` on, or their start.
+    // Either may be null.
+    template <int R> void sum_rows(int64_t m, int64_t begin, int64_t end, C* dw, C* db, bool start, Sums* out) const {
+        Row<C> row[R];
+        for (int r = 0; r < R; r++) row[r] = this->row(m + r);
         V g[R] = {}, gx[R] = {};
         each_vector<C, 1>(begin, end, [&](int, int64_t n, int lanes) INLINE {
             V w = load_or(weight, n, lanes, C(1)), column{}, column_x{};
-#pragma GCC unroll 8
+#pragma GCC unroll 4
             for (int r = 0; r < R; r++) {
-                V d = load(dy + (m + r) * N + n, lanes), normal = row.normalised(r, load(x + (m + r) * N + n, lanes));
+                V d = load(dy + (m + r) * N + n, lanes), normal = row[r].normalised(load(x + (m + r) * N + n, lanes));
                 g[r] += d * w, gx[r] += d * w * normal;
                 column += d, column_x += d * normal;
             }
@@ -38,24 +48,15 @@ template <class T, class W> struct NormBackward : Norm<T, W> {
         for (int r = 0; r < R; r++) out[r] = {sum(g[r]), sum(gx[r])};
     }
 
-    // dx in columns [begin, end) of rows m, m + 1, ... from their sums; fetches the rows after them.
-    template <int R> void map_rows(int64_t m, int64_t begin, int64_t end, const Sums (&sums)[R]) const {
-        const Rows<C, R> row = this->template rows<R>(m);
-        V c1[R], c2[R];
-        for (int r = 0; r < R; r++) {
-            c1[r] = set(this->centred() ? sums[r].g / C(N) * rstd[m + r] : C(0));
-            c2[r] = set(sums[r].gx / C(N) * rstd[m + r]);
-        }
+    // dx in columns [begin, end) of row m from its sums.
+    void map_row(int64_t m, int64_t begin, int64_t end, Sums sums) const {
+        const Row<C> row = this->row(m);
+        const V c1 = set(this->centred() ? sums.g / C(N) * rstd[m] : C(0)), c2 = set(sums.gx / C(N) * rstd[m]);
         each_vector<C, 1>(begin, end, [&](int, int64_t n, int lanes) INLINE {
-            V w = load_or(weight, n, lanes, C(1));
-#pragma GCC unroll 8
-            for (int r = 0; r < R; r++) {
-                int64_t at = (m + r) * N + n;
-                prefetch_l2(dy + at + R * N), prefetch_l2(x + at + R * N);
-                V normal = row.normalised(r, load(x + at, lanes));
-                V d = load(dy + at, lanes) * w * row.rstd[r] - c1[r] - normal * c2[r];
-                store(dx + at, dsum ? d + load(dsum + at, lanes) : d, lanes);
-            }
+            const int64_t at = m * N + n;
+            V normal = row.normalised(load(x + at, lanes)), w = load_or(weight, n, lanes, C(1));
+            V d = load(dy + at, lanes) * w * row.rstd - c1 - normal * c2;
+            store(dx + at, dsum ? d + load(dsum + at, lanes) : d, lanes);
         });
     }
 
@@ -75,7 +76,7 @@ template <class T, class W> struct NormBackward : Norm<T, W> {
                 C* dw = dweight ? partial + i * kinds * ld : nullptr;
                 C* db = dbias ? partial + (i * kinds + (kinds - 1)) * ld : nullptr;
                 int64_t m = i * group, stop = std::min(M, m + group);
-                for (; m + ROWS <= stop; m += ROWS) rows_of_group<ROWS>(m, dw, db, m == i * group, finish);
+                for (; N > SHORT && m + ROWS <= stop; m += ROWS) rows_of_group<ROWS>(m, dw, db, m == i * group, finish);
                 for (; m < stop; m++) rows_of_group<1>(m, dw, db, m == i * group, finish);
             }
         }, serial);
@@ -87,8 +88,7 @@ template <class T, class W> struct NormBackward : Norm<T, W> {
         Sums sums[R];
         sum_rows<R>(m, 0, N, dw, db, start, sums);
         if (!dx) return;
-        map_rows<R>(m, 0, N, sums);
-        for (int r = 0; r < R; r++) finish(m + r, 0, N);
+        for (int r = 0; r < R; r++) map_row(m + r, 0, N, sums[r]), finish(m + r, 0, N);
     }
 
     void add_groups(const C* partial, int64_t groups, int64_t stride, W* out, bool serial) const {
@@ -111,9 +111,8 @@ template <class T, class W> struct NormBackward : Norm<T, W> {
             auto end_of = [&](int64_t b) { return std::min(N, (b + 1) * BLOCK); };
             parallel(count * blocks, [&](int64_t begin, int64_t end) {
                 for (int64_t i = begin; i < end; i++) {
-                    Sums one[1];
-                    sum_rows<1>(first + i / blocks, i % blocks * BLOCK, end_of(i % blocks), nullptr, nullptr, false, one);
-                    found[i] = one[0];
+                    int64_t b = i % blocks;
+                    sum_rows<1>(first + i / blocks, b * BLOCK, end_of(b), nullptr, nullptr, false, &found[i]);
                 }
             });
             for (int64_t i = 0; i < count; i++)
@@ -123,9 +122,10 @@ template <class T, class W> struct NormBackward : Norm<T, W> {
                 for (int64_t b = begin; b < end; b++) {
                     C *dw = dweight ? columns + b * BLOCK : nullptr, *db = dbias ? columns + (blocks + b) * BLOCK : nullptr;
                     for (int64_t i = 0; i < count; i++) {
-                        Sums unused[1], one[1] = {found[i * blocks]};
-                        if (dw || db) sum_rows<1>(first + i, b * BLOCK, end_of(b), dw, db, first + i == 0, unused);
-                        if (dx) map_rows<1>(first + i, b * BLOCK, end_of(b), one), finish(first + i, b * BLOCK, end_of(b));
+                        const int64_t m = first + i;
+                        Sums unused;
+                        if (dw || db) sum_rows<1>(m, b * BLOCK, end_of(b), dw, db, m == 0, &unused);
+                        if (dx) map_row(m, b * BLOCK, end_of(b), found[i * blocks]), finish(m, b * BLOCK, end_of(b));
                     }
                     if (first + count < M) continue;
                     each_vector<C, 1>(b * BLOCK, end_of(b), [&](int, int64_t n, int lanes) INLINE {

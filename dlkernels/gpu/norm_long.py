@@ -1,4 +1,4 @@
-"""Rows too long for the registers of one program, normalised: layer_norm.py's work in two looks at memory instead of one.
+"""Rows too long for the registers of one program, normalised: norm.py's work in two looks at memory instead of one.
 
 Each row is cut into shares, enough to give every multiprocessor some, and what is known of a share goes into a workspace [M, S, ...]. The
 second kernel begins by combining the shares of its row, in a fixed order; that is a handful of numbers.
@@ -12,12 +12,16 @@ second kernel begins by combining the shares of its row, in a fixed order; that 
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import philox
 from .launch import device_of, launch
-from .layer_norm import PER_SM, add_columns, columns, normalised, sums_dtype, workspaces
+from .norm import PER_SM, add_columns, columns, normalised, sums_dtype, workspaces
+from .philox import as_float64, factor, numbers
 
 BN = 2048
 WARPS = 8
@@ -25,7 +29,9 @@ MOST_SHARES = 64
 
 
 @triton.jit
-def long_moments(x, residual, s, moments, N, S, SHARE, CENTRED: tl.constexpr, BN: tl.constexpr):
+def long_moments(
+    x, residual, seed, s, moments, N, S, SHARE, threshold, scale_bits, CENTRED: tl.constexpr, BN: tl.constexpr
+):  # fmt: skip
     """moments[m, share] = (centre, off, squares). Blocks are added as distances from the first one's mean (Chan, Golub, LeVeque 1979)."""
     ACC: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     m, share = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -34,6 +40,8 @@ def long_moments(x, residual, s, moments, N, S, SHARE, CENTRED: tl.constexpr, BN
     for start in range(share * SHARE, stop, BN):
         n = start + tl.arange(0, BN)
         v = tl.load(x + m * N + n, n < stop, other=0.0).to(ACC)
+        if seed is not None:
+            v *= factor(numbers(tl.load(seed), m, start, BN), threshold, as_float64(scale_bits).to(ACC))
         if residual is not None:
             v = (v + tl.load(residual + m * N + n, n < stop, other=0.0).to(ACC)).to(s.dtype.element_ty).to(ACC)
             tl.store(s + m * N + n, v.to(s.dtype.element_ty), n < stop)
@@ -111,9 +119,10 @@ def long_sums(dy, x, weight, mean, rstd, sums, M, N, S, SHARE, BN: tl.constexpr)
 
 @triton.jit
 def long_backward(
-    dy, dsum, x, weight, mean, rstd, sums, dx, dweight, dbias, M, N, S, ROWS, SHARES: tl.constexpr, BN: tl.constexpr
+    dy, dsum, x, seed, weight, mean, rstd, sums, dx, dresidual, dweight, dbias, M, N, S, ROWS, threshold, scale_bits, SHARES: tl.constexpr,
+    BN: tl.constexpr,
 ):  # fmt: skip
-    """dx of BN columns of rows [ROWS pid, ROWS (pid + 1)), and their columns of row pid of the workspaces dweight and dbias [P, N]."""
+    """dx and dresidual of BN columns of rows [ROWS pid, ROWS (pid + 1)), and these columns of row pid of the workspaces [P, N]."""
     ACC: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     pid = tl.program_id(1).to(tl.int64)
@@ -126,7 +135,7 @@ def long_backward(
         at = m[:, None] * N + n[None, :]
         d = tl.load(dy + at, inside, other=0.0).to(ACC)
         normal = tl.where(inside, normalised(tl.load(x + at, inside, other=0.0).to(ACC), mean, rstd, m, M), 0.0)
-        if dx is not None:
+        if dx is not None or dresidual is not None:
             of = sums + (row * S + i) * 2
             out = d * w - normal * (tl.sum(tl.load(of + 1, i < S, other=0.0), 0) / N)
             if mean is not None:
@@ -134,7 +143,13 @@ def long_backward(
             out *= tl.load(rstd + row)
             if dsum is not None:
                 out += tl.load(dsum + at, inside, other=0.0).to(ACC)
-            tl.store(dx + at, out.to(dx.dtype.element_ty), inside)
+            if dresidual is not None:
+                tl.store(dresidual + at, out.to(dresidual.dtype.element_ty), inside)
+            if seed is not None:
+                f = factor(numbers(tl.load(seed), row, tl.program_id(0).to(tl.int64) * BN, BN), threshold, as_float64(scale_bits).to(ACC))
+                out *= f[None, :]
+            if dx is not None:
+                tl.store(dx + at, out.to(dx.dtype.element_ty), inside)
         dw += d * normal
         db += d
     if dweight is not None:
@@ -153,30 +168,31 @@ def shares(x: Tensor) -> tuple[int, int, int]:
 
 
 def run_forward_long(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, s: Tensor | None, y: Tensor, mean: Tensor | None,
-    rstd: Tensor, eps: float,
+    x: Tensor, residual: Tensor | None, seed: Tensor | None, weight: Tensor | None, bias: Tensor | None, s: Tensor | None, y: Tensor,
+    mean: Tensor | None, rstd: Tensor, p: float, eps: float,
 ) -> None:  # fmt: skip
     """Fill y, rstd, and s and mean where they are not None."""
     (M, N), (S, share, SHARES) = x.shape, shares(x)
     moments = x.new_empty((M, S, 3), dtype=sums_dtype(x))
-    launch(long_moments, (M, S), x, residual, s, moments, N, S, share, CENTRED=mean is not None, BN=BN, warps=WARPS)
+    args: tuple[Any, ...] = (x, residual, seed, s, moments, N, S, share, *philox.thresholds(p))
+    launch(long_moments, (M, S), *args, CENTRED=mean is not None, BN=BN, warps=WARPS)
     args = (x if s is None else s, weight, bias, y, mean, rstd, moments, M, N, S, share)
     launch(long_forward, (M, S), *args, eps=eps, SHARES=SHARES, BN=BN, warps=WARPS)
 
 
 def run_backward_long(
-    dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor | None, mean: Tensor | None, rstd: Tensor, dx: Tensor | None,
-    dweight: Tensor | None, dbias: Tensor | None,
+    dy: Tensor, dsum: Tensor | None, x: Tensor, seed: Tensor | None, weight: Tensor | None, mean: Tensor | None, rstd: Tensor, p: float,
+    dx: Tensor | None, dresidual: Tensor | None, dweight: Tensor | None, dbias: Tensor | None,
 ) -> None:  # fmt: skip
-    """Fill dx, dweight and dbias, those that are not None."""
+    """Fill dx, dresidual, dweight and dbias, those that are not None."""
     (M, N), (S, share, SHARES) = x.shape, shares(x)
     sums = x.new_empty((M, S, 2), dtype=sums_dtype(x))
-    if dx is not None:
+    if dx is not None or dresidual is not None:
         launch(long_sums, (M, S), dy, x, weight, mean, rstd, sums, M, N, S, share, BN=BN, warps=WARPS)
     blocks = triton.cdiv(N, BN)
     rows = triton.cdiv(M, max(1, PER_SM * device_of(x).processors // blocks))
     P = triton.cdiv(M, rows)
     partial = workspaces(P, N, x, dweight, dbias)
-    args = (dy, dsum, x, weight, mean, rstd, sums, dx, *partial, M, N, S, rows)
+    args = (dy, dsum, x, seed, weight, mean, rstd, sums, dx, dresidual, *partial, M, N, S, rows, *philox.thresholds(p))
     launch(long_backward, (blocks, P), *args, SHARES=SHARES, BN=BN, warps=WARPS)
     add_columns(partial, dweight, dbias)

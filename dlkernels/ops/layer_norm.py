@@ -111,24 +111,27 @@ def _unsupported(
     x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, normalized_shape: Sequence[int] | None = None
 ) -> str | None:
     """Why the definition in PyTorch's own operations runs for these arguments, or None where a kernel does. On the path of every call."""
-    reason = unsupported(("input", x), optional=(("weight", weight), ("bias", bias)))
-    if reason is not None:
-        return reason
+    return unsupported(("input", x), optional=(("weight", weight), ("bias", bias))) or misfit(x, weight, bias, normalized_shape)
+
+
+def misfit(x: Tensor, weight: Tensor | None, bias: Tensor | None, normalized_shape: Sequence[int] | None) -> str | None:
+    """What does not fit in the shapes and dtypes of plain tensors, or None. On the path of every call."""
     shape = x.shape[-1:] if normalized_shape is None else normalized_shape
-    if not isinstance(shape, (tuple, list)) or not 0 < len(shape) <= x.dim() or x.shape[-len(shape) :] != tuple(shape):
-        return f"normalized_shape is {shape}, needs to be the last dimensions of the input, which has shape {tuple(x.shape)}"
-    for n in shape:
-        if isinstance(n, float):
-            return f"normalized_shape is {shape}, needs integers"
+    tail = x.shape[-len(shape) :] if isinstance(shape, (tuple, list)) and shape else None
+    if tail is None or tail != (tuple(shape) if type(shape) is list else shape):
+        return f"normalized_shape is {normalized_shape}, needs to be the last dimensions of the input, which has shape {tuple(x.shape)}"
     dtype = x.dtype
     for name, t in (("weight", weight), ("bias", bias)):
         if t is not None:
-            if t.shape != x.shape[-len(shape) :]:
-                return f"{name} has shape {tuple(t.shape)}, needs {tuple(shape)}"
+            if t.shape != tail:
+                return f"{name} has shape {tuple(t.shape)}, needs {tuple(tail)}"
             if t.dtype != dtype:
                 if name == "bias" or t.dtype != torch.float32 or dtype.itemsize != 2:
                     return f"{name} has dtype {t.dtype} beside {dtype}; weight and bias need the input's, or float32 beside a half type"
                 dtype = t.dtype
+    for n in shape:
+        if isinstance(n, float):
+            return f"normalized_shape is {normalized_shape}, needs integers"
     return None
 
 
