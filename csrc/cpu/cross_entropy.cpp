@@ -14,7 +14,7 @@ std::tuple<Tensor, Tensor> cross_entropy_forward(Tensor logits, Tensor target_, 
                                                  int64_t ignored, double smoothing) {
     LossArguments given(FORWARD, logits, target_, weight, reduction, ignored);
     int64_t R = given.rows();
-    Tensor loss = empty(logits, given.row_shape.data(), given.losses()), kept = empty_of(statistics_type(logits), {2 * R + 1});
+    Tensor loss = empty(logits, given.row_shape.data(), given.losses()), kept = empty(statistics_type(logits), {2 * R + 1});
     with_type(FORWARD, logits.scalar_type(), [&](auto type) {
         using T = decltype(type);
         using C = compute_t<T>;
@@ -23,7 +23,8 @@ std::tuple<Tensor, Tensor> cross_entropy_forward(Tensor logits, Tensor target_, 
         auto tops = static_cast<C*>(kept.data_ptr()), sums = tops + R, divisor = sums + R;
         std::vector<C> losses(R);
         each_tile<C>(given.size, [&](auto tile, int64_t at, int64_t row) { tile_losses(tile, target, x, at, row, tops, sums, losses.data()); });
-        reduce(target, reduction, R, losses.data(), divisor, static_cast<T*>(loss.data_ptr()));
+        *divisor = divisor_of(target, reduction, R);
+        reduce(reduction, R, losses.data(), *divisor, static_cast<T*>(loss.data_ptr()));
     });
     return {loss, kept};
 }

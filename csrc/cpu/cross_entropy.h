@@ -128,6 +128,19 @@ inline ScalarType statistics_type(const Tensor& x) {
     return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// Every label a class, or ignored. `labels` is contiguous.
+inline void check_labels(const char* op, const Tensor& labels, int64_t N, int64_t ignored) {
+    auto label = static_cast<const int64_t*>(labels.data_ptr());
+    auto wrong = [=](int64_t row) { return (uint64_t(label[row]) >= uint64_t(N)) & (label[row] != ignored); };
+    int64_t R = labels.numel();
+    bool any = false;
+    for (int64_t row = 0; row < R; row++) any |= wrong(row);
+    for (int64_t row = 0; any && row < R; row++)
+        if (wrong(row))
+            fail(op, ": Target ", label[row], " is out of bounds: number ", row, " of target must be 0 to ", N - 1, " for the ", N,
+                 " classes of input, or ignore_index, ", ignored);
+}
+
 struct LossArguments {
     Classes size;
     std::vector<int64_t> row_shape;  // of the losses: the input's without its classes
@@ -152,17 +165,7 @@ struct LossArguments {
         if (size.N == 0 || size.N > INT32_MAX) fail(op, ": x has ", size.N, " classes, needs 1 to ", INT32_MAX);
         if (reduction < 0 || reduction >= REDUCTIONS) fail(op, ": reduction has code ", reduction, ", needs 0 to ", REDUCTIONS - 1);
         x = dense(logits), target = dense(target_), weight = weight_ ? dense(*weight_) : Tensor();
-        if (labels) check_labels(op);
-    }
-    void check_labels(const char* op) const {
-        auto label = static_cast<const int64_t*>(target.data_ptr());
-        auto wrong = [=, this](int64_t row) { return (uint64_t(label[row]) >= uint64_t(size.N)) & (label[row] != ignored); };
-        bool any = false;
-        for (int64_t row = 0; row < rows(); row++) any |= wrong(row);
-        for (int64_t row = 0; any && row < rows(); row++)
-            if (wrong(row))
-                fail(op, ": Target ", label[row], " is out of bounds: number ", row, " of target must be 0 to ", size.N - 1, " for the ",
-                     size.N, " classes of input, or ignore_index, ", ignored);
+        if (labels) check_labels(op, target, size.N, ignored);
     }
     template <class T> Target<T> as(double smoothing) const {
         auto numbers = static_cast<const T*>(target.data_ptr());
@@ -179,17 +182,18 @@ template <class C> C total_of(const C* p, int64_t count) {
     });
 }
 
-// The result of a loss from the losses of its rows; what they were divided by goes to divisor.
-template <class T> void reduce(const Target<T>& target, int64_t reduction, int64_t R, const compute_t<T>* losses, compute_t<T>* divisor, T* loss) {
+// What a reduction divides the losses of R rows by: for a mean the weights of the labels that count, or the number of rows.
+template <class T> compute_t<T> divisor_of(const Target<T>& target, int64_t reduction, int64_t R) {
     using C = compute_t<T>;
-    *divisor = 1;
-    if (reduction == MEAN && target.labels) {
-        std::vector<C> masses(R);
-        for (int64_t r = 0; r < R; r++) masses[r] = target.keeps(r) ? target.weight_of(target.labels[r]) : 0;
-        *divisor = total_of(masses.data(), R);
-    } else if (reduction == MEAN) {
-        *divisor = R;
-    }
-    if (reduction) store(loss, set(total_of(losses, R) / *divisor), 1);
-    else each_vector<C>(R, [&](int64_t r, auto lanes) { store(loss + r, load(losses + r, lanes), lanes); });
+    if (reduction != MEAN) return 1;
+    if (!target.labels) return R;
+    std::vector<C> masses(R);
+    for (int64_t r = 0; r < R; r++) masses[r] = target.keeps(r) ? target.weight_of(target.labels[r]) : 0;
+    return total_of(masses.data(), R);
+}
+
+// The result of a loss from the losses of its rows.
+template <class T> void reduce(int64_t reduction, int64_t R, const compute_t<T>* losses, compute_t<T> divisor, T* loss) {
+    if (reduction) store(loss, set(total_of(losses, R) / divisor), 1);
+    else each_vector<compute_t<T>>(R, [&](int64_t r, auto lanes) { store(loss + r, load(losses + r, lanes), lanes); });
 }

@@ -27,7 +27,7 @@ LossArguments checked_arguments(const char* op, const Tensor& x, const Tensor& t
 
 std::tuple<Tensor, Tensor> nll_loss_forward(Tensor x, Tensor target_, std::optional<Tensor> weight, int64_t reduction, int64_t ignored) {
     LossArguments given = checked_arguments(FORWARD, x, target_, weight, reduction, ignored);
-    Tensor loss = empty(x, given.row_shape.data(), given.losses()), divisor = empty_of(statistics_type(x), {1});
+    Tensor loss = empty(x, given.row_shape.data(), given.losses()), divisor = empty(statistics_type(x), {1});
     with_type(FORWARD, x.scalar_type(), [&](auto type) {
         using T = decltype(type);
         using C = compute_t<T>;
@@ -35,7 +35,9 @@ std::tuple<Tensor, Tensor> nll_loss_forward(Tensor x, Tensor target_, std::optio
         auto from = static_cast<const T*>(given.x.data_ptr());
         std::vector<C> losses(given.rows());
         each_label(given.size, target, [&](int64_t row, int64_t at, C w) { losses[row] = -w * number(from + at); });
-        reduce(target, reduction, given.rows(), losses.data(), static_cast<C*>(divisor.data_ptr()), static_cast<T*>(loss.data_ptr()));
+        const C by = divisor_of(target, reduction, given.rows());
+        *static_cast<C*>(divisor.data_ptr()) = by;
+        reduce(reduction, given.rows(), losses.data(), by, static_cast<T*>(loss.data_ptr()));
     });
     return {loss, divisor};
 }

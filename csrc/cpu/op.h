@@ -69,16 +69,14 @@ inline const Tensor& ranked(const char* op, const char* name, const Tensor& t, i
 // An uninitialised row-major tensor of this shape, from the C interface underneath torch::stable: new_empty there goes through the
 // dispatcher, which takes as long as a small product.
 // The system maps a fresh large one page by page as it is first written; we ask for large pages.
-inline Tensor empty(const Tensor& like, const int64_t* shape, size_t rank) {
+inline Tensor empty(ScalarType dtype, const int64_t* shape, size_t rank) {
     int64_t strides[64], step = 1;  // no tensor has more dimensions
     for (size_t i = rank; i-- > 0;) strides[i] = step, step *= std::max<int64_t>(shape[i], 1);
-    int32_t dtype, cpu = aoti_torch_device_type_cpu();
     AtenTensorHandle handle;
-    if (aoti_torch_get_dtype(like.get(), &dtype) ||  // these return 0 when all went well
-        aoti_torch_empty_strided(rank, shape, strides, dtype, cpu, 0, &handle)) {
+    if (aoti_torch_empty_strided(rank, shape, strides, int32_t(dtype), aoti_torch_device_type_cpu(), 0, &handle)) {  // 0 when all went well
         std::ostringstream size;
         for (size_t i = 0; i < rank; i++) size << " x " << shape[i];
-        fail("not enough memory for a result of ", rank ? size.str().substr(3) : "1", " elements of ", like.element_size(), " bytes");
+        fail("not enough memory for a result of ", rank ? size.str().substr(3) : "1", " elements of type ", toString(dtype));
     }
     Tensor t(handle);
 #ifdef MADV_HUGEPAGE
@@ -89,18 +87,10 @@ inline Tensor empty(const Tensor& like, const int64_t* shape, size_t rank) {
 #endif
     return t;
 }
+inline Tensor empty(ScalarType dtype, std::initializer_list<int64_t> shape) { return empty(dtype, shape.begin(), shape.size()); }
+inline Tensor empty(const Tensor& like, const int64_t* shape, size_t rank) { return empty(like.scalar_type(), shape, rank); }
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape) { return empty(like, shape.begin(), shape.size()); }
 inline Tensor empty(const Tensor& like) { return empty(like, like.sizes().data(), like.sizes().size()); }
-
-// A small one of another dtype, for statistics.
-inline Tensor empty_of(ScalarType dtype, std::initializer_list<int64_t> shape) {
-    int64_t strides[8], step = 1;
-    for (size_t i = shape.size(); i-- > 0;) strides[i] = step, step *= std::max<int64_t>(shape.begin()[i], 1);
-    AtenTensorHandle handle;
-    if (aoti_torch_empty_strided(shape.size(), shape.begin(), strides, int32_t(dtype), aoti_torch_device_type_cpu(), 0, &handle))
-        fail("not enough memory for statistics of dtype ", toString(dtype));
-    return Tensor(handle);
-}
 
 inline Tensor contiguous_copy(const Tensor& t) {
     try {
