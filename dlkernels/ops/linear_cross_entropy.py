@@ -89,7 +89,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, *_others: None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return (None,) * 7
-        *tensors, gradients = *ctx.saved_tensors[:5], list(ctx.saved_tensors[5:])
+        saved = ctx.saved_tensors
+        tensors, gradients = saved[:5], list(saved[5:])
         if torch.is_grad_enabled():  # create_graph=True: differentiate the definition, so that second derivatives exist
             return *reference_gradients(_reference, (*tensors, ctx.options), ctx.needs_input_grad[:6], dy), None
         if ctx.options[0]:
