@@ -184,7 +184,10 @@ def test_autocast_values(op: Op) -> None:
         with torch.autocast("cpu", enabled=False):
             full = op.call(*args)
     dtype = as_tuple(y)[0].dtype
-    assert_equal(y, op.call(*map_tensors(lambda t: t.to(dtype), args)))
+    wide = as_tuple(op.call(*map_tensors(lambda t: t.to(dtype), args)))
+    narrow = as_tuple(op.call(*map_tensors(lambda t: t.to(torch.bfloat16), args)))
+    of_a_product = [torch.equal(a.to(b.dtype), b) for a, b in zip(as_tuple(y), narrow)]  # bfloat16 is multiplied, float32 comes out
+    assert all(of_a_product) or all(torch.equal(a, b) for a, b in zip(as_tuple(y), wide))
     assert_equal(full, op.call(*args))
 
 

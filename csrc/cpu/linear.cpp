@@ -5,15 +5,13 @@
 //   dweight   C[n,k] = sum_m dz[m,n] x[m,k]       A reads dz transposed, on the fly
 //   dbias     column sums of dz; where act' is costly, the same pass writes dz down and the products read that
 #include "activation.h"
-#include "gemm_bf16.h"
 #include "gemm_thin.h"
-#include "op.h"
+#include "product.h"
 
 namespace {
 
 constexpr const char* FORWARD = "linear_forward";
 constexpr const char* BACKWARD = "linear_backward";
-constexpr double PARTS_PAY = 128;  // harmonic size from which splitting numbers into parts costs less than it saves
 // Where the thin products beat packing: sums across lanes need many k to pay, and a widened half type costs more to read than to multiply.
 template <class T> bool dot_pays(int64_t M, int64_t K) {
     constexpr bool WIDENED = sizeof(T) == 2 && !Dot<T>::PAIRS;
@@ -21,29 +19,6 @@ template <class T> bool dot_pays(int64_t M, int64_t K) {
 }
 template <class T> using thin_micro = std::conditional_t<Dot<T>::PAIRS, PairDot<bf16>, Fma<compute_t<T>>>;
 constexpr int64_t SWEEP_ROWS = 16;
-constexpr int READ = 3;  // the scratch slot of the readers
-template <class T> using element_of = typename micro_for<T, true>::type::Element;
-
-// A matrix in memory: element (i, j) is p[i * rs + j * cs].
-template <class T> struct Matrix {
-    T* p;
-    int64_t rs, cs;
-    Matrix transposed() const { return {p, cs, rs}; }
-};
-template <class T> Matrix<T> matrix(const Tensor& t) { return {static_cast<T*>(t.mutable_data_ptr()), t.stride(0), t.stride(1)}; }
-
-// Read a stored matrix: as it lies where the product computes in its type, widened into scratch otherwise.
-template <class E, class T> Block<E> read(Matrix<T> x, int64_t r0, int rows, int64_t k0, int kc) {
-    const T* p = x.p + r0 * x.rs + k0 * x.cs;
-    if constexpr (std::is_same_v<T, E>) return {p, x.rs, x.cs};
-    bool along_k = x.cs == 1;
-    int outer = along_k ? rows : kc, inner = along_k ? kc : rows;
-    int64_t stride = along_k ? x.rs : x.cs, ld = round_up(inner, VL<E>);
-    E* out = scratch<E, READ>(outer * ld);
-    for (int i = 0; i < outer; i++)
-        for (int j = 0; j < inner; j += VL<E>) store(out + i * ld + j, load(p + i * stride + j, inner - j));
-    return along_k ? Block<E>{out, ld, 1} : Block<E>{out, 1, ld};
-}
 
 // Read dz = dy * act'(saved), formed in scratch.
 template <class E, class T>
@@ -63,26 +38,6 @@ Block<E> read_dz(Activation act, Matrix<T> dy, Matrix<T> saved, int64_t r0, int 
 inline auto split(int64_t M, int64_t N, int64_t K) {
     bool serial = double(M) * N * K < SERIAL;
     return [=](int64_t n, const auto& body) { parallel(n, body, serial); };
-}
-
-// out = epilogue(A B), by the micro-kernel that suits the type and the size.
-template <class T, class FA, class FB, class F>
-void multiply(int64_t M, int64_t N, int64_t K, const FA& A, const FB& B, T* out, const F& epilogue) {
-    auto run = [&](auto micro) {
-        using Micro = decltype(micro);
-        Gemm<Micro> gemm{M, N, K, A, B, epilogue};
-        if constexpr (std::is_same_v<T, typename Micro::Sum>) gemm.sums = out;
-        gemm.run(threads(), [](int64_t n, const auto& body) { parallel(n, body); });
-    };
-    if (double(M) * N >= PARTS_PAY * (M + N) && K >= 64) run(typename micro_for<T, true>::type{});
-    else run(typename micro_for<T, false>::type{});
-}
-
-// The epilogue of a product without one: store the tile.
-template <class T, class Sum> void store_tile(const Tile<Sum>& t, T* out, int64_t ld) {
-    for (int i = 0; i < t.rows; i++)
-        for (int j = 0; j < t.columns; j += VL<Sum>)
-            store(out + (t.m + i) * ld + t.n + j, load(t.p + i * t.ld + j), t.columns - j);
 }
 
 template <class T>

@@ -91,8 +91,8 @@ inline Tensor empty(ScalarType dtype, const int64_t* shape, size_t rank) {
     for (size_t i = rank; i-- > 0;) strides[i] = step, step *= std::max<int64_t>(shape[i], 1);
     return empty_strided(dtype, rank, shape, strides);
 }
-inline Tensor empty_of(ScalarType dtype, std::initializer_list<int64_t> shape) { return empty(dtype, shape.begin(), shape.size()); }
-inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape) { return empty_of(like.scalar_type(), shape); }
+inline Tensor empty(ScalarType dtype, std::initializer_list<int64_t> shape) { return empty(dtype, shape.begin(), shape.size()); }
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape) { return empty(like.scalar_type(), shape); }
 inline Tensor empty(const Tensor& like) { return empty(like.scalar_type(), like.sizes().data(), like.sizes().size()); }
 
 inline Tensor contiguous_copy(const Tensor& t) {

@@ -1,11 +1,14 @@
-// What softmax, log_softmax and the losses on top of them share: e^x for x <= 0, and the two numbers that normalise a row of logits,
+// What softmax, log_softmax and cross_entropy share: e^x for x <= 0, tiles of rows, and the two numbers that normalise a row,
 //
 //     top = max_n x[n]        sum = sum_n e^(x[n] - top)        so that   log sum_n e^x[n] = top + log(sum)
 //
 // kept apart because log sum e^x, rounded, has lost what log(sum) knows when the logits are in the thousands.
 //
-//   rows     the classes of a row lie side by side: vectors run along them
-//   strips   the classes lie D numbers apart: vectors run across neighbouring rows, and every lane is a row of its own
+//   Rows     D = 1, the classes of a row side by side: vectors run along them, and a tile is one row, or four short ones, whose chains of
+//            dependent instructions then overlap
+//   Strip    classes D numbers apart: vectors run across neighbouring rows, every lane is a row of its own, and no transposed copy is made
+//
+// Both hand out the same things, so a kernel is written once: U vectors, each with what belongs to one row (in all its lanes) or to VL rows.
 #pragma once
 #include <limits>
 
@@ -13,25 +16,29 @@
 #include "math.h"
 #include "rows.h"
 
-template <class C> constexpr C LOWEST = -std::numeric_limits<C>::infinity();
+// (e^r - 1 - r) / r^2 on |r| <= ln(2) / 2 as in math.h, but only as good as the difference x - top that it is used for: for float the
+// relative error of e^r is 2^-23.2, and 2^-17.5 where the numbers come from a half type.
+template <class T> struct short_exp : coefficients<double> {};
+template <> struct short_exp<float> { static constexpr float exp[] = {0.499992266f, 0.166671193f, 0.0418909134f, 0.00831232566f}; };
+template <> struct short_exp<bf16> { static constexpr float exp[] = {0.500051571f, 0.167538572f, 0.0412761542f}; };
+template <> struct short_exp<f16> : short_exp<bf16> {};
 
-// e^x for x <= 0, with one multiplication by 2^n. Far out, where the result would be subnormal, it is 0. NaN falls through.
-template <class C> inline vec<C> exp_nonpositive(vec<C> x) {
-    constexpr C LOW = sizeof(C) == 8 ? -708 : -87;
-    auto [r, n] = reduce<C>(x);
-    vec<C> y = (1 + expm1_reduced<C>(r)) * exponent<C>(n - coefficients<C>::bias);
+// e^x for x <= 0 and the accuracy of numbers stored as T. Far out, where the result would be subnormal, it is 0. NaN falls through.
+// One ln 2 without its low part will do: its error, |x| 2^-28, is below the rounding of the difference x.
+template <class T> inline vec<compute_t<T>> exp_nonpositive(vec<compute_t<T>> x) {
+    using C = compute_t<T>;
+    constexpr C LOW = sizeof(C) == 8 ? -708 : -87, ln2 = C(0.69314718055994530942), log2e = C(1.44269504088896340736);
+    constexpr C round = C(3LL << (coefficients<C>::mantissa - 1)) + coefficients<C>::bias;  // its sum has the exponent field of 2^n below
+    vec<C> shifted = x * log2e + round, n = shifted - round, r = x - n * ln2;
+    vec<C> y = (1 + (r + r * r * polynomial(short_exp<T>::exp, r))) * exponent<C>(bits_as<bits<C>>(shifted));
     return x < LOW ? vec<C>{} : y;
 }
-template <class C> inline C exp_of(C x) { return exp_nonpositive<C>(set(x))[0]; }
-template <class C> inline C log_of(C x) { return log<C>(set(x))[0]; }
 template <class T> inline compute_t<T> number(const T* p) { return load(p, 1)[0]; }
 
-// The first `lanes` lanes of v, and `other` in the rest.
-template <class C> inline vec<C> first(vec<C> v, int lanes, C other) {
-    if (lanes >= VL<C>) return v;
+template <class C> inline vec<ints<C>> lane_numbers() {
     vec<ints<C>> lane;
     for (int i = 0; i < VL<C>; i++) lane[i] = i;
-    return lane < lanes ? v : set(other);
+    return lane;
 }
 
 template <class C> using full = std::integral_constant<int, VL<C>>;  // as a type: the loop without a tail is compiled without one
@@ -43,68 +50,104 @@ template <class C, class Body> inline void each_vector(int64_t N, const Body& bo
     if (n < N) body(n, int(N - n));
 }
 
-// The largest number; NaN is passed over (it comes back from the sum of exponentials).
-template <class T> inline compute_t<T> largest_in(const T* x, int64_t N) {
-    using C = compute_t<T>;
-    vec<C> top = set(LOWEST<C>);
-    each_vector<C>(N, [&](int64_t n, auto lanes) { top = max(first<C>(load(x + n, lanes), lanes, LOWEST<C>), top); });
-    return largest(top);
-}
-
-template <class C> struct Normaliser { C top, sum; };
-
-// One pass over a row of any length: a block at a time is read for its maximum and then, from the L1 cache, for its exponentials, while
-// the next one is on its way. A larger maximum scales what has been summed. While there is none (only -inf so far), 0 stands for it.
-template <class T> inline Normaliser<compute_t<T>> normaliser(const T* x, int64_t N) {
-    using C = compute_t<T>;
-    constexpr int64_t BLOCK = 4096;
-    C top = LOWEST<C>;
-    vec<C> total{};
-    for (int64_t start = 0; start < N; start += BLOCK) {
-        const T* block = x + start;
-        int64_t count = std::min(BLOCK, N - start);
-        C found = largest_in(block, count);
-        if (found > top) total *= exp_of(top - found), top = found;
-        vec<C> from = set(top == LOWEST<C> ? C(0) : top);
-        each_vector<C>(count, [&](int64_t n, auto lanes) {
-            prefetch_l2(block + BLOCK + n);
-            total += first<C>(exp_nonpositive<C>(load(block + n, lanes) - from), lanes, C(0));
+template <class C, int U_> struct Rows {
+    static constexpr int U = U_;
+    using V = vec<C>;
+    int64_t N;
+    int64_t numbers() const { return U * N; }                             // that the tile covers: how far the next tile is away
+    int64_t place(int64_t row, int64_t n) const { return row * N + n; }   // where class n of the tile's row lies
+    template <class F> void each(const F& f) const {                      // f(place, n, u, lanes) for every vector
+        each_vector<C>(N, [&](int64_t n, auto lanes) {
+#pragma GCC unroll 4
+            for (int u = 0; u < U; u++) f(u * N + n, n, u, lanes);
         });
     }
-    return {top, sum(total)};
-}
+    static V largest(V v) { return set(::largest(v)); }  // of a row
+    static V sum(V v) { return set(::sum(v)); }
+    template <class Lanes> static V only(V v, Lanes lanes, C other) {  // `other` in lanes behind the last class
+        return int(lanes) >= VL<C> ? v : lane_numbers<C>() < ints<C>(int(lanes)) ? v : set(other);
+    }
+    static vec<ints<C>> class_numbers(int64_t n) { return lane_numbers<C>() + ints<C>(n); }
+    template <class T, class Lanes> static V of_class(const T* p, int64_t n, Lanes lanes) { return load(p + n, lanes); }
+    template <class F> void each_row(const F& f) const {  // f(row of the tile, u, lane that holds it)
+        for (int u = 0; u < U; u++) f(u, u, 0);
+    }
+    static void put(C* p, int u, V v) { p[u] = v[0]; }  // one number per row
+    template <class T> static V get(const T* p, int u) { return set(number(p + u)); }
+    template <class W> static W spread(W v) { return v[0] - W{}; }  // from the lane that each_row named to all that need it
+};
 
-// body(m, d, width, lanes) for strips of `width` whole vectors or, at the end of D, of one vector with `lanes` lanes.
-template <class C, class Body> void each_strip(int64_t M, int64_t N, int64_t D, const Body& body) {
-    constexpr int WIDE = 4;
-    int64_t wide = D / (WIDE * VL<C>), rest = D - wide * WIDE * VL<C>, strips = wide + (rest + VL<C> - 1) / VL<C>;
-    auto run = [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; i++) {
-            int64_t m = i / strips, strip = i % strips, narrow = strip - wide, d = wide * WIDE * VL<C> + narrow * VL<C>;
-            if (narrow < 0) body(m, strip * WIDE * VL<C>, std::integral_constant<int, WIDE>{}, full<C>{});
-            else body(m, d, std::integral_constant<int, 1>{}, int(std::min<int64_t>(VL<C>, D - d)));
-        }
-    };
-    parallel(M * strips, run, M * N * D <= SERIAL_NUMBERS);
-}
-
-// One vector, or several side by side, of every row of a strip: f(n, u) adds row n's u-th vector.
-template <int U, class F> inline void each_of_strip(int64_t N, const F& f) {
-    for (int64_t n = 0; n < N; n++)
+template <class C, int U_, class Lanes> struct Strip {
+    static constexpr int U = U_;
+    using V = vec<C>;
+    int64_t N, D;
+    Lanes lanes;
+    int64_t numbers() const { return U * VL<C>; }
+    int64_t place(int64_t row, int64_t n) const { return n * D + row; }
+    template <class F> void each(const F& f) const {
+        for (int64_t n = 0; n < N; n++)
 #pragma GCC unroll 4
-        for (int u = 0; u < U; u++) f(n, u);
-}
+            for (int u = 0; u < U; u++) f(n * D + u * VL<C>, n, u, lanes);
+    }
+    static V largest(V v) { return v; }
+    static V sum(V v) { return v; }
+    static V only(V v, Lanes, C) { return v; }
+    static vec<ints<C>> class_numbers(int64_t n) { return set(ints<C>(n)); }
+    template <class T> static V of_class(const T* p, int64_t n, Lanes) { return set(number(p + n)); }
+    template <class F> void each_row(const F& f) const {
+        for (int u = 0; u < U; u++)
+            for (int lane = 0; lane < lanes; lane++) f(u * VL<C> + lane, u, lane);
+    }
+    void put(C* p, int u, V v) const { store(p + u * VL<C>, v, lanes); }
+    template <class T> V get(const T* p, int u) const { return load(p + u * VL<C>, lanes); }
+    template <class W> static W spread(W v) { return v; }
+};
 
-template <int U, class T, class Lanes> inline void strip_top(const T* x, int64_t N, int64_t D, Lanes lanes, vec<compute_t<T>> (&top)[U]) {
-    using C = compute_t<T>;
-    for (auto& t : top) t = set(LOWEST<C>);
-    each_of_strip<U>(N, [&](int64_t n, int u) { top[u] = max(load(x + n * D + u * VL<C>, lanes), top[u]); });
-}
-
-// How the classes of a tensor lie: M times N classes, D numbers apart.
+// How the classes of a tensor lie: M sets of N classes, D numbers apart.
 struct Classes {
     int64_t M, N, D;
     Classes(const Tensor& x, int64_t dim) : M(1), N(1), D(1) {
         for (int64_t i = 0; i < x.dim(); i++) (i < dim ? M : i == dim ? N : D) *= x.size(i);
     }
 };
+
+// body(tile, place, row) for tiles that cover all M D rows; place is where the first row's first class lies.
+template <class C, class Body> void each_tile(const Classes& size, const Body& body) {
+    constexpr int64_t WIDE = 4, SHORT = 1024;  // vectors, or rows, side by side; from SHORT classes on a row overlaps with itself
+    auto [M, N, D] = size;
+    bool serial = M * N * D <= SERIAL_NUMBERS;
+    if (D == 1) {
+        int64_t height = N < SHORT ? WIDE : 1;
+        return parallel((M + height - 1) / height, [&, M = M, N = N](int64_t begin, int64_t end) {
+            int64_t m = begin * height, stop = std::min(M, end * height);
+            for (; height == WIDE && m + WIDE <= stop; m += WIDE) body(Rows<C, WIDE>{N}, m * N, m);
+            for (; m < stop; m++) body(Rows<C, 1>{N}, m * N, m);
+        }, serial);
+    }
+    int64_t wide = D / (WIDE * VL<C>), rest = D - wide * WIDE * VL<C>, strips = wide + (rest + VL<C> - 1) / VL<C>;
+    parallel(M * strips, [&, N = N, D = D](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i++) {
+            int64_t m = i / strips, strip = i % strips, d = std::min(strip, wide) * WIDE * VL<C> + std::max<int64_t>(strip - wide, 0) * VL<C>;
+            if (strip < wide) body(Strip<C, WIDE, full<C>>{N, D, {}}, m * N * D + d, m * D + d);
+            else body(Strip<C, 1, int>{N, D, int(std::min<int64_t>(VL<C>, D - d))}, m * N * D + d, m * D + d);
+        }
+    }, serial);
+}
+
+// top and sum of every row of a tile: two passes, the second from the cache while the next tile is on its way to it.
+// visit(place, u, lanes, e) sees the exponentials.
+template <class T, class Tile, class Visit>
+inline void normalise(const Tile& tile, const T* x, typename Tile::V (&top)[Tile::U], typename Tile::V (&sum)[Tile::U], const Visit& visit) {
+    using C = compute_t<T>;
+    constexpr C LOWEST = -std::numeric_limits<C>::infinity();
+    for (int u = 0; u < Tile::U; u++) top[u] = set(LOWEST), sum[u] = typename Tile::V{};
+    tile.each([&](int64_t at, int64_t, int u, auto lanes) { top[u] = max(tile.only(load(x + at, lanes), lanes, LOWEST), top[u]); });
+    for (auto& t : top) t = tile.largest(t);  // NaN is passed over here, and comes back as a NaN sum
+    tile.each([&](int64_t at, int64_t, int u, auto lanes) {
+        prefetch_l2(x + at + tile.numbers());
+        auto e = exp_nonpositive<T>(load(x + at, lanes) - top[u]);
+        sum[u] += tile.only(e, lanes, C(0));
+        visit(at, u, lanes, e);
+    });
+    for (auto& s : sum) s = tile.sum(s);
+}

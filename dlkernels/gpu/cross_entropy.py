@@ -37,11 +37,11 @@ def spread(p, weight, at, n, mask, N, smoothing: tl.constexpr, PROBS: tl.constex
 def label_of(target, weight, row, inside, N, ignored, smoothing: tl.constexpr, ACC: tl.constexpr):
     """Of every row: its label, whether it counts, whether it is a class, the weight of that class, and what the target asks of it."""
     label = tl.load(target + row, inside, other=0)
-    counts = label != ignored
+    counts = inside & (label != ignored)
     valid = counts & (label >= 0) & (label < N)
     w = tl.where(valid, 1.0, 0.0).to(ACC)
     if weight is not None:
-        w = tl.load(weight + label, inside & valid, other=0.0).to(ACC)
+        w = tl.load(weight + label, valid, other=0.0).to(ACC)
     return label, counts, valid, w, (1.0 - smoothing) * w
 
 
@@ -71,7 +71,7 @@ def cross_entropy_forward(
     if not PROBS:
         label, counts, valid, mass, peak = label_of(target, weight, there, r < rows, N, ignored, smoothing, ACC)
         first = tl.program_id(1).to(tl.int64) * block + r * row
-        below = tl.load(x + first + label * step, (r < rows) & valid, other=0.0).to(ACC) - top
+        below = tl.load(x + first + label * step, valid, other=0.0).to(ACC) - top
         loss = tl.where(valid, loss + peak * (logsum - below), tl.where(counts, float("nan"), 0.0))
     tl.store(losses + there, loss, r < rows)
     tl.store(masses + there, mass, r < rows)
@@ -100,7 +100,6 @@ def cross_entropy_backward(
 
     g = dy[r dy_row] / divisor. weights: the sum of weight, where smoothing asks for it."""
     ACC: tl.constexpr = kept.dtype.element_ty
-    DTYPE: tl.constexpr = x.dtype.element_ty
     r, n, at, inside = places(rows, row, step, block, BR, BN)
     there = tl.program_id(1).to(tl.int64) * rows + r
     top = tl.load(kept + there, r < rows, other=0.0)[:, None]
@@ -115,7 +114,7 @@ def cross_entropy_backward(
             asked += tl.sum(tl.where(mask, spread(target, weight, place, start + n, mask, N, smoothing, PROBS, ACC), 0.0), axis=1)
             place += tl.full((), BN, tl.int64) * step
     else:
-        label, counts, valid, w, peak = label_of(target, weight, there, r < rows, N, ignored, smoothing, ACC)
+        label, counts, valid, _, peak = label_of(target, weight, there, r < rows, N, ignored, smoothing, ACC)
         asked = peak + (smoothing * (tl.load(weights) / N if weights is not None else 1.0) if smoothing > 0 else 0.0)
         g = tl.where(counts, tl.where(valid, g, float("nan")), 0.0)
     scale = (g * asked / total)[:, None]
@@ -128,12 +127,12 @@ def cross_entropy_backward(
                 value -= g[:, None] * spread(target, weight, at, start + n, mask, N, smoothing, PROBS, ACC)
             if not PROBS:
                 value -= tl.where(label[:, None] == (start + n)[None, :], (g * peak)[:, None], 0.0)
-            tl.store(dx + at, value.to(DTYPE), mask)
+            tl.store(dx + at, value.to(dx.dtype.element_ty), mask)
         if dtarget is not None:
             slope = (g * (1.0 - smoothing))[:, None] * (tl.log(total)[:, None] - below)
             if weight is not None:
                 slope *= tl.load(weight + start + n, n < N - start, other=0.0).to(ACC)[None, :]
-            tl.store(dtarget + at, slope.to(DTYPE), mask)
+            tl.store(dtarget + at, slope.to(dtarget.dtype.element_ty), mask)
         at += tl.full((), BN, tl.int64) * step
 
 
@@ -171,7 +170,7 @@ def rows_of(x: Tensor) -> tuple[int, ...]:
 
 def check_labels(name: str, t: Tensor, like: Tensor, shape: tuple[int, ...]) -> None:
     """Require of ``t``: int64, the device of ``like``, and ``shape``."""
-    if type(t) is not Tensor and type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__ or t.layout is not torch.strided:
+    if (type(t) is not Tensor and type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__) or t.layout is not torch.strided:
         raise TypeError(f"{name} must be a plain strided tensor, got a {type(t).__name__} of layout {t.layout}")
     if t.dtype != torch.int64 or t.device != like.device:
         raise RuntimeError(f"{name} must be int64 on {like.device}, got {t.dtype} on {t.device}")
@@ -197,14 +196,43 @@ def forward(
     kept = x.new_empty(2 * R + 1, dtype=accumulator(x))
     losses, masses = kept.new_empty(R), kept.new_empty(R)
     if R:
-        launch(
-            cross_entropy_forward, c.grid, x.contiguous(), target.contiguous(), None if weight is None else weight.contiguous(), losses,
-            masses, kept, N, R, ignore_index, c.rows, c.row, c.step, c.block, smoothing=label_smoothing,
-            PROBS=target.dtype != torch.int64, BR=c.BR, BN=c.BN, warps=c.warps,
-        )  # fmt: skip
+        run_forward(c, x.contiguous(), target.contiguous(), None if weight is None else weight.contiguous(), losses, masses, kept, N,
+                    ignore_index, label_smoothing)  # fmt: skip
     loss = x.new_empty(())
     launch(reduce, (1,), losses, masses, kept[2 * R :], loss, R, MEAN=reduction == 1, BLOCK=REDUCE)
     return (loss if reduction else losses.to(x.dtype).view(shape)), kept
+
+
+def run_forward(
+    c: Cut, x: Tensor, target: Tensor, weight: Tensor | None, losses: Tensor, masses: Tensor, kept: Tensor, N: int, ignore_index: int,
+    smoothing: float,
+) -> None:  # fmt: skip
+    """Fill losses, masses and kept but for its divisor; everything contiguous."""
+    launch(
+        cross_entropy_forward, c.grid, x, target, weight, losses, masses, kept, N, losses.numel(), ignore_index, c.rows, c.row, c.step,
+        c.block, smoothing=smoothing, PROBS=target.dtype != torch.int64, BR=c.BR, BN=c.BN, warps=c.warps,
+    )  # fmt: skip
+
+
+def run_backward(
+    c: Cut, dy: Tensor, x: Tensor, target: Tensor, weight: Tensor | None, weights: Tensor | None, kept: Tensor, dx: Tensor | None,
+    dtarget: Tensor | None, N: int, ignore_index: int, smoothing: float,
+) -> None:  # fmt: skip
+    """Fill dx and dtarget, whichever is not None; dy is one number or one for each row; everything contiguous."""
+    launch(
+        cross_entropy_backward, c.grid, dy, x, target, weight, weights, kept, dx, dtarget, N, (kept.numel() - 1) // 2, int(dy.dim() > 0),
+        ignore_index, c.rows, c.row, c.step, c.block, smoothing=smoothing, PROBS=target.dtype != torch.int64, BR=c.BR, BN=c.BN,
+        warps=c.warps,
+    )  # fmt: skip
+
+
+def sum_of(weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Σ weight, or None where there is none."""
+    if weight is None:
+        return None
+    total = weight.new_empty((), dtype=dtype)
+    launch(total_weight, (1,), weight, total, weight.numel(), BLOCK=1024)
+    return total
 
 
 def backward(
@@ -221,16 +249,10 @@ def backward(
     dx, dtarget = x.new_empty(x.shape) if need_dx else None, x.new_empty(x.shape) if need_dtarget else None
     if R == 0 or not (need_dx or need_dtarget):
         return dx, dtarget
-    weights = None
-    if weight is not None:
-        weight = weight.contiguous()
-        weights = kept.new_empty(())
-        launch(total_weight, (1,), weight, weights, N, BLOCK=1024)
-    launch(
-        cross_entropy_backward, c.grid, dy.contiguous(), x.contiguous(), target.contiguous(), weight, weights, kept.contiguous(), dx,
-        dtarget, N, R, 0 if reduction else 1, ignore_index, c.rows, c.row, c.step, c.block, smoothing=label_smoothing,
-        PROBS=target.dtype != torch.int64, BR=c.BR, BN=c.BN, warps=c.warps,
-    )  # fmt: skip
+    weight = None if weight is None else weight.contiguous()
+    dy = dy.contiguous() if reduction else dy.reshape(R)
+    run_backward(c, dy, x.contiguous(), target.contiguous(), weight, sum_of(weight, kept.dtype), kept.contiguous(), dx, dtarget, N,
+                 ignore_index, label_smoothing)  # fmt: skip
     return dx, dtarget
 
 

@@ -23,7 +23,7 @@ def nll_loss_forward(x, target, weight, losses, masses, N, D, ROWS, ignored, BLO
     ACC: tl.constexpr = losses.dtype.element_ty
     r = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     label, counts, valid, w, _ = label_of(target, weight, r, r < ROWS, N, ignored, 0.0, ACC)
-    value = tl.load(x + (r // D * N + label) * D + r % D, (r < ROWS) & valid, other=0.0).to(ACC)
+    value = tl.load(x + (r // D * N + label) * D + r % D, valid, other=0.0).to(ACC)
     tl.store(losses + r, tl.where(valid, -w * value, tl.where(counts, float("nan"), 0.0)), r < ROWS)
     tl.store(masses + r, w, r < ROWS)
 

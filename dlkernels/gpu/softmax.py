@@ -93,7 +93,7 @@ def normaliser(x, N, step, n, at, inside, ACC: tl.constexpr, BR: tl.constexpr, B
 def softmax_forward(x, y, N, rows, row, step, block, LOG: tl.constexpr, WHOLE: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr):
     """y[r, n] = exp(x[r, n] - top) / sum, or with LOG its logarithm; WHOLE where a row is one block."""
     ACC: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
-    r, n, at, inside = places(rows, row, step, block, BR, BN)
+    _, n, at, inside = places(rows, row, step, block, BR, BN)
     if WHOLE:
         mask = inside & (n < N)[None, :]
         value = tl.load(x + at, mask, other=float("-inf")).to(ACC)
@@ -122,7 +122,7 @@ def softmax_backward(dy, y, dx, N, rows, row, step, block, LOG: tl.constexpr, WH
     """dx[r, n] = y (dy - Σ_n dy y), or with LOG dy - exp(y) Σ_n dy."""
     DTYPE: tl.constexpr = y.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
-    r, n, at, inside = places(rows, row, step, block, BR, BN)
+    _, n, at, inside = places(rows, row, step, block, BR, BN)
     if WHOLE:
         mask = inside & (n < N)[None, :]
         kept, slope = tl.load(y + at, mask, other=0.0).to(ACC), tl.load(dy + at, mask, other=0.0).to(ACC)

@@ -10,8 +10,8 @@ Backward    dx[n] = g (Q exp(x[n] - top) / sum - q[n])     Q = Σ_n q[n],  g: th
 The forward reads the logits once and keeps top and sum, two numbers a row, of which their sum log Σ exp(x) would lose digits where the
 logits are in the thousands. The backward reads the logits again and writes dx once: no softmax is ever in memory.
 
-A label that is neither a class nor ignore_index: on the CPU an IndexError that names it. On a GPU, where looking would mean waiting, nothing
-outside the tensors is read and the row's loss and gradient are NaN, so a mean or sum is NaN.
+A label that is neither a class nor ignore_index: on the CPU an IndexError that names it. On a GPU, where looking would mean waiting,
+nothing outside the tensors is read and the row's loss and gradient are NaN, so a mean or sum is NaN.
 
 Shapes      input (N), (M, N) or (M, N, d1, ...)   target (), (M) or (M, d1, ...) of int64, or probabilities like input   weight (N)
 Work        one exponential for each logit each way, about 15 operations; N elements a row moved forward, 2N backward. Memory decides where
@@ -230,19 +230,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def with_option(function: Callable[..., Tensor], input: Tensor, target: Tensor, option: str) -> Tensor:
-    options = dict(OPTIONS[option])
-    if options.pop("weight", False):
-        options["weight"] = weights(input, input.shape[1 if input.dim() > 1 else 0])
-    return function(input, target, **options)
+def with_option(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def call(input: Tensor, target: Tensor, option: str) -> Tensor:
+        options = dict(OPTIONS[option])
+        if options.pop("weight", False):
+            options["weight"] = weights(input, input.shape[1 if input.dim() > 1 else 0])
+        return function(input, target, **options)
 
-
-def _call(input: Tensor, target: Tensor, option: str) -> Tensor:
-    return with_option(cross_entropy, input, target, option)
-
-
-def _native(input: Tensor, target: Tensor, option: str) -> Tensor:
-    return with_option(F.cross_entropy, input, target, option)
+    return call
 
 
 def make(
@@ -291,9 +286,9 @@ register(
     Op(
         name="cross_entropy",
         module="cross_entropy",
-        call=_call,
-        reference=_native,
-        native=_native,
+        call=with_option(cross_entropy),
+        reference=with_option(F.cross_entropy),
+        native=with_option(F.cross_entropy),
         make=make,
         samples=SAMPLES,
         bench=BENCH,

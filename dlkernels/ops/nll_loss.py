@@ -20,7 +20,20 @@ from torch import Tensor
 from ..backend import apply_function, define
 from ..contract import needs_grad, reference_gradients
 from ..registry import Cost, Op, register
-from .cross_entropy import NAMES, SAMPLES, check, code_of, make, raise_index_error, rows_of, statistics, unfit, widened, with_option, without_kernel
+from .cross_entropy import (
+    NAMES,
+    SAMPLES,
+    check,
+    code_of,
+    make,
+    raise_index_error,
+    rows_of,
+    statistics,
+    unfit,
+    widened,
+    with_option,
+    without_kernel,
+)
 
 __all__ = ["nll_loss"]
 
@@ -113,13 +126,9 @@ def nll_loss(
         return raise_index_error(error)
 
 
-def _call(input: Tensor, target: Tensor, option: str) -> Tensor:
-    return with_option(nll_loss, input, target, option)
-
-
-def _native(input: Tensor, target: Tensor, option: str) -> Tensor:
+def _native(input: Tensor, target: Tensor, **options: Any) -> Tensor:
     """torch's own backward refuses an input with dimensions behind the classes that is not contiguous."""
-    return with_option(F.nll_loss, input.contiguous(), target, option)
+    return F.nll_loss(input.contiguous(), target, **options)
 
 
 def _cost(N: int, M: int | None = None, behind: tuple[int, ...] = (), option: str = "") -> Cost:
@@ -127,17 +136,18 @@ def _cost(N: int, M: int | None = None, behind: tuple[int, ...] = (), option: st
     return Cost(rows, rows, rows, rows * N)
 
 
+OPTIONS = ("", "weight", "ignore", "none")  # of cross_entropy's, those that nll_loss has
 BENCH: list[dict[str, Any]] = [{"M": 4096, "N": 1000}, {"M": 8192, "N": 10}, {"M": 8, "N": 21, "behind": (128, 128), "option": "weight"}]
 
 register(
     Op(
         name="nll_loss",
         module="nll_loss",
-        call=_call,
-        reference=_native,
-        native=_native,
+        call=with_option(nll_loss),
+        reference=with_option(_native),
+        native=with_option(_native),
         make=make,
-        samples=[size for size in SAMPLES if size.get("option", "") in ("", "weight", "ignore", "none")] + [{"M": 2, "N": 5, "behind": (3, 7)}],
+        samples=[*(size for size in SAMPLES if size.get("option", "") in OPTIONS), {"M": 2, "N": 5, "behind": (3, 7)}],
         bench=BENCH,
         quick=BENCH[:1],
         tiny=[{"M": 64, "N": 10}],

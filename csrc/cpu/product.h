@@ -1,0 +1,50 @@
+// The product of matrices that lie in memory as they are stored: what linear.cpp and whatever else multiplies tensors puts around gemm.h.
+#pragma once
+#include "gemm.h"
+#include "gemm_bf16.h"
+#include "op.h"
+
+constexpr double PARTS_PAY = 128;  // harmonic size from which splitting numbers into parts costs less than it saves
+constexpr int READ = 3;  // the scratch slot of the readers
+template <class T> using element_of = typename micro_for<T, true>::type::Element;
+
+// A matrix in memory: element (i, j) is p[i * rs + j * cs].
+template <class T> struct Matrix {
+    T* p;
+    int64_t rs, cs;
+    Matrix transposed() const { return {p, cs, rs}; }
+};
+template <class T> Matrix<T> matrix(const Tensor& t) { return {static_cast<T*>(t.mutable_data_ptr()), t.stride(0), t.stride(1)}; }
+
+// Read a stored matrix: as it lies where the product computes in its type, widened into scratch otherwise.
+template <class E, class T> Block<E> read(Matrix<T> x, int64_t r0, int rows, int64_t k0, int kc) {
+    const T* p = x.p + r0 * x.rs + k0 * x.cs;
+    if constexpr (std::is_same_v<T, E>) return {p, x.rs, x.cs};
+    bool along_k = x.cs == 1;
+    int outer = along_k ? rows : kc, inner = along_k ? kc : rows;
+    int64_t stride = along_k ? x.rs : x.cs, ld = round_up(inner, VL<E>);
+    E* out = scratch<E, READ>(outer * ld);
+    for (int i = 0; i < outer; i++)
+        for (int j = 0; j < inner; j += VL<E>) store(out + i * ld + j, load(p + i * stride + j, inner - j));
+    return along_k ? Block<E>{out, ld, 1} : Block<E>{out, 1, ld};
+}
+
+// out = epilogue(A B), by the micro-kernel that suits the type and the size.
+template <class T, class FA, class FB, class Out, class F>
+void multiply(int64_t M, int64_t N, int64_t K, const FA& A, const FB& B, Out* out, const F& epilogue) {
+    auto run = [&](auto micro) {
+        using Micro = decltype(micro);
+        Gemm<Micro> gemm{M, N, K, A, B, epilogue};
+        if constexpr (std::is_same_v<Out, typename Micro::Sum>) gemm.sums = out;
+        gemm.run(threads(), [](int64_t n, const auto& body) { parallel(n, body); });
+    };
+    if (double(M) * N >= PARTS_PAY * (M + N) && K >= 64) run(typename micro_for<T, true>::type{});
+    else run(typename micro_for<T, false>::type{});
+}
+
+// The epilogue of a product without one: store the tile.
+template <class T, class Sum> void store_tile(const Tile<Sum>& t, T* out, int64_t ld) {
+    for (int i = 0; i < t.rows; i++)
+        for (int j = 0; j < t.columns; j += VL<Sum>)
+            store(out + (t.m + i) * ld + t.n + j, load(t.p + i * t.ld + j), t.columns - j);
+}
