@@ -14,7 +14,7 @@ std::tuple<Tensor, Tensor> cross_entropy_forward(Tensor logits, Tensor target_, 
                                                  int64_t ignored, double smoothing) {
     LossArguments given(FORWARD, logits, target_, weight, reduction, ignored);
     int64_t R = given.rows();
-    Tensor loss = empty(logits, given.row_shape.data(), given.losses()), kept = empty(statistics_type(logits), {2 * R + 1});
+    Tensor loss = empty(logits.scalar_type(), given.row_shape.data(), given.losses()), kept = empty(statistics_type(logits), {2 * R + 1});
     with_type(FORWARD, logits.scalar_type(), [&](auto type) {
         using T = decltype(type);
         using C = compute_t<T>;

@@ -140,7 +140,7 @@ Tensor embedding_forward(Tensor weight, Tensor indices) {
     with_type(FORWARD, weight.scalar_type(), [](auto) {});
     Tensor index = checked_indices(FORWARD, indices), w = D <= 1 || weight.stride(1) == 1 ? weight : contiguous_copy(weight);
     std::vector<int64_t> shape = result_shape(indices, D);
-    Tensor y = empty(weight, shape.data(), shape.size());
+    Tensor y = empty(weight.scalar_type(), shape.data(), shape.size());
     int64_t size = weight.element_size();
     with_indices(index, [&](auto at) {
         forward(static_cast<const char*>(w.data_ptr()), at, static_cast<char*>(y.data_ptr()), L, V, w.stride(0) * size, D * size);

@@ -27,7 +27,7 @@ LossArguments checked_arguments(const char* op, const Tensor& x, const Tensor& t
 
 std::tuple<Tensor, Tensor> nll_loss_forward(Tensor x, Tensor target_, std::optional<Tensor> weight, int64_t reduction, int64_t ignored) {
     LossArguments given = checked_arguments(FORWARD, x, target_, weight, reduction, ignored);
-    Tensor loss = empty(x, given.row_shape.data(), given.losses()), divisor = empty(statistics_type(x), {1});
+    Tensor loss = empty(x.scalar_type(), given.row_shape.data(), given.losses()), divisor = empty(statistics_type(x), {1});
     with_type(FORWARD, x.scalar_type(), [&](auto type) {
         using T = decltype(type);
         using C = compute_t<T>;

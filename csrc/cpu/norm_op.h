@@ -9,15 +9,7 @@ inline bool is_half(const Tensor& t) { return t.element_size() == 2; }
 // Statistics are kept in the type that arithmetic is done in.
 inline ScalarType sums_dtype(const Tensor& x) { return is_half(x) ? ScalarType::Float : x.scalar_type(); }
 
-inline Tensor empty_sums(const Tensor& x, std::initializer_list<int64_t> shape) {
-    if (!is_half(x)) return empty(x, shape);
-    const int64_t strides[] = {std::max<int64_t>(shape.begin()[shape.size() - 1], 1), 1};  // of two dimensions, or of the last
-    AtenTensorHandle handle;  // below the dispatcher, like `empty`
-    if (aoti_torch_empty_strided(shape.size(), shape.begin(), strides + (2 - shape.size()), aoti_torch_dtype_float32(),
-                                 aoti_torch_device_type_cpu(), 0, &handle))
-        fail("not enough memory for the statistics of ", x.size(0), " rows");
-    return Tensor(handle);
-}
+inline Tensor empty_sums(const Tensor& x, std::initializer_list<int64_t> shape) { return empty(sums_dtype(x), shape); }
 
 // weight and bias are [N] of one dtype: that of x, or float32 beside a half type.
 inline void check_parameters(const char* op, const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias) {
