@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import DTYPES, dtype_name
+from support import DTYPES, SMALL, dtype_name
 from torch import Tensor
 
 import dlkernels
@@ -97,6 +97,15 @@ def test_small_arguments_keep_their_digits() -> None:
     tail = torch.linspace(-80, -10, 50)
     torch.testing.assert_close(F.softplus(tail).double(), torch.exp(tail.double()).log1p(), rtol=2e-6, atol=0)
     torch.testing.assert_close(F.sigmoid(tail).double(), tail.double().sigmoid(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.isa
+def test_the_polynomials_of_gelu() -> None:
+    """In float32 the error of Phi(x) and of gelu's derivative is the one that math.h names, also where one polynomial ends."""
+    x = torch.linspace(-8, 8, 4001 if SMALL else 400_001)
+    (y, dx), (exact, slope) = (gradient(f, t, torch.ones_like(t)) for f, t in ((F.gelu, x), (torchs.gelu, x.double())))
+    assert ((y - exact).abs() <= 6e-7 * x.abs().clamp(min=1)).all() and (dx - slope).abs().max() <= 6e-7
+    assert not F.gelu(torch.tensor([-20.0, -1e30])).any()
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -17,11 +17,10 @@ Activation checked_activation(const char* op, int64_t code, double a, double b) 
 }
 
 // out[n] = f(in[n]...) for n in [begin, end); out may be one of the arrays in. f comes by value: the constants that it holds then stay in
-// registers, while those of a reference would have to be read again after every store.
+// registers, while those of a reference would have to be read again after every store. Unrolling gains nothing here, fetching ahead loses.
 template <class T, class F, class... In> void map(int64_t begin, int64_t end, F f, T* out, const In*... in) {
     constexpr int V = VL<compute_t<T>>;
     int64_t n = begin;
-#pragma GCC unroll 4
     for (; n + V <= end; n += V) store(out + n, f(load(in + n)...));
     if (n < end) store(out + n, f(load(in + n, int(end - n))...), int(end - n));
 }

@@ -235,7 +235,7 @@ def _make(factory: Callable[..., Tensor], N: int, M: int = 1, lead: tuple[int, .
     return (factory(*((M,) if lead is None else lead), N),)
 
 
-FLOPS = {"relu": 1, "leaky_relu": 2, "sigmoid": 16, "tanh": 18, "elu": 14, "gelu": 36, "gelu_tanh": 24, "silu": 18, "softplus": 28}
+FLOPS = {"relu": 1, "leaky_relu": 2, "sigmoid": 16, "tanh": 18, "elu": 14, "gelu": 34, "gelu_tanh": 24, "silu": 18, "softplus": 28}
 SAMPLES: list[dict[str, Any]] = [
     {"N": 0}, {"N": 1}, {"N": 15}, {"N": 17, "lead": (2, 3)}, {"N": 65, "lead": (2, 1, 3)}, {"N": 33}, {"N": 3041, "M": 7}
 ]  # fmt: skip
