@@ -84,7 +84,8 @@ def scale_of(cotangents: Sequence[Tensor]) -> float:
 def relative_error(value: Tensor | None, exact: Tensor, scale: float = 0.0) -> float:
     """max |value - exact| / max |exact|, in float64 over the finite part of `exact`.
 
-    A gradient that is zero but for float64's own rounding of terms as large as `scale` is nothing to divide by: then `scale` is. Where `exact` is NaN or infinite, `value` must be the same; anything else counts as WORST, as do a wrong shape and a missing value.
+    A gradient that is zero but for float64's own rounding of terms as large as `scale` is nothing to divide by: then `scale` is.
+    Where `exact` is NaN or infinite, `value` must be the same; anything else counts as WORST, as do a wrong shape and a missing value.
     """
     if value is None or value.shape != exact.shape:
         return WORST
