@@ -117,7 +117,7 @@ inline vec<uint64_t> multiply_low(vec<uint64_t> a, vec<uint64_t> b) {
 // 16 bits to 32 and back: the compiler's own conversion takes six instructions for each of these.
 inline vec<uint32_t> lengthen(halves h) {
 #if defined(__AVX512F__)
-    return bits_as<vec<uint32_t>>(_mm512_cvtepu16_epi32(bits_as<__m256i>(h)));
+    return bits_as<vec<uint32_t>>(_mm512_maskz_cvtepu16_epi32(0xffff, bits_as<__m256i>(h)));
 #else
     return __builtin_convertvector(h, vec<uint32_t>);
 #endif
