@@ -17,7 +17,7 @@ namespace {
 
 constexpr const char* FORWARD = "linear_cross_entropy_forward";
 constexpr const char* BACKWARD = "linear_cross_entropy_backward";
-constexpr int64_t WORKSPACE = 16 << 20, FEWEST_ROWS = 256, MOST_ROWS = 4096;  // bytes of logits; rows of a chunk, where dweight is read and written
+constexpr int64_t WORKSPACE = 8 << 20, FEWEST_ROWS = 256, MOST_ROWS = 4096;  // bytes of logits; rows of a chunk, where dweight is read and written
 
 int64_t chunk_rows(int64_t M, int64_t N, int64_t bytes) {
     int64_t rows = std::clamp(WORKSPACE / (N * bytes), FEWEST_ROWS, MOST_ROWS), chunks = std::max<int64_t>(1, (M + rows - 1) / rows);
