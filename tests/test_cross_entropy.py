@@ -51,7 +51,7 @@ def test_every_option_with_labels(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, dtype=torch.float64)
     target, weight = labels_for(x), torch.rand(x.shape[1 if x.dim() > 1 else 0], dtype=torch.float64)
     for reduction, w, ignored, smoothing in itertools.product(REDUCTIONS, (None, weight), (-100, 1), (0.0, 0.3, 1.0)):
-        options = {"reduction": reduction, "weight": w, "ignore_index": ignored}
+        options: dict[str, Any] = {"reduction": reduction, "weight": w, "ignore_index": ignored}
         compare(F.cross_entropy, native.cross_entropy, [x], target, **options, label_smoothing=smoothing)
         if smoothing == 0:
             compare(F.nll_loss, native.nll_loss, [x], target, **options)
@@ -159,7 +159,7 @@ BAD: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "target None": ((X, None), {}),
     "weight a list": ((X, LABELS, [1.0, 1.0, 1.0]), {}),
 }
-BAD_SMOOTHING = {
+BAD_SMOOTHING: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "smoothing above 1": ((X, LABELS), {"label_smoothing": 1.5}),
     "ignored probabilities": ((X, X), {"ignore_index": 1}),
     "smoothing below 0": ((X, LABELS), {"label_smoothing": -0.5}),
@@ -207,10 +207,11 @@ def test_threads_do_not_change_a_bit() -> None:
 
 def test_layers_are_torchs() -> None:
     x, target, w = torch.randn(4, 3), torch.tensor([0, 2, 1, 1]), torch.rand(3)
-    for name, options in (
+    cases: list[tuple[str, dict[str, Any]]] = [
         ("CrossEntropyLoss", {"weight": w, "label_smoothing": 0.1}), ("CrossEntropyLoss", {"ignore_index": 2, "reduction": "none"}),
         ("NLLLoss", {"weight": w}), ("NLLLoss", {"reduction": "sum", "ignore_index": 1}),
-    ):  # fmt: skip
+    ]  # fmt: skip
+    for name, options in cases:
         layer, wanted = getattr(nn, name)(**options), getattr(torch.nn, name)(**options)
         torch.testing.assert_close(layer(x, target), wanted(x, target))
         assert repr(layer) == repr(wanted) and layer.state_dict().keys() == wanted.state_dict().keys()
@@ -250,7 +251,7 @@ def test_linear_cross_entropy_options(M: int | None, K: int, N: int) -> None:
     x, w, b = torch.randn(*([] if M is None else [M]), K).double(), torch.randn(N, K).double(), torch.randn(N).double()
     target = torch.randint(0, N, [] if M is None else [M])
     for reduction, weight, ignored, smoothing in itertools.product(REDUCTIONS, (None, torch.rand(N).double()), (None, 1), (0.0, 0.3)):
-        options = {"weight": weight, "reduction": reduction, "ignore_index": ignored, "label_smoothing": smoothing}
+        options: dict[str, Any] = {"weight": weight, "reduction": reduction, "ignore_index": ignored, "label_smoothing": smoothing}
         compare(
             lambda x, w, b, t: F.linear_cross_entropy(x, w, t, linear_bias=b, **options),  # noqa: B023
             lambda x, w, b, t: native.linear_cross_entropy(x, w, t, linear_bias=b, **options), [x, w, b], target,  # noqa: B023
@@ -263,7 +264,9 @@ def test_what_linear_cross_entropy_leaves_to_torch() -> None:
     x, w, deep = torch.randn(4, 3), torch.randn(5, 3), torch.randn(5, 2, 3)
     for args in ((x, w, torch.rand(4, 5)), (x, deep, torch.randint(0, 5, (4, 2)))):
         torch.testing.assert_close(F.linear_cross_entropy(*args), native.linear_cross_entropy(*args))
-    for args in ((x, w[:, :2], torch.zeros(4).long()), (x, w[0], torch.zeros(4).long()), (x[None], w, torch.zeros(4).long()), (x, w, None)):
+    labels = torch.zeros(4, dtype=torch.int64)
+    wrong: list[tuple[Any, ...]] = [(x, w[:, :2], labels), (x, w[0], labels), (x[None], w, labels), (x, w, None)]
+    for args in wrong:
         with pytest.raises((RuntimeError, TypeError), match="linear_weight|target"):
             F.linear_cross_entropy(*args)
 
