@@ -22,7 +22,9 @@ std::tuple<Tensor, Tensor> cross_entropy_forward(Tensor logits, Tensor target_, 
         auto x = static_cast<const T*>(given.x.data_ptr());
         auto tops = static_cast<C*>(kept.data_ptr()), sums = tops + R, divisor = sums + R;
         std::vector<C> losses(R);
-        each_tile<C>(given.size, [&](auto tile, int64_t at, int64_t row) { tile_losses(tile, target, x, at, row, tops, sums, losses.data()); });
+        each_tile<C>(given.size, [&](auto tile, int64_t at, int64_t row) {
+            tile_losses(tile, target, x, at, row, tops, sums, losses.data());
+        });
         *divisor = divisor_of(target, reduction, R);
         reduce(reduction, R, losses.data(), *divisor, static_cast<T*>(loss.data_ptr()));
     });

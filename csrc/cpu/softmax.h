@@ -6,7 +6,7 @@
 //
 //   Rows     D = 1, the classes of a row side by side: vectors run along them, and a tile is one row, or four short ones, whose chains of
 //            dependent instructions then overlap
-//   Strip    classes D numbers apart: vectors run across neighbouring rows, every lane is a row of its own, and no transposed copy is made
+//   Strip    classes D numbers apart: vectors run across neighbouring rows, every lane is a row of its own, no transposed copy is made
 //
 // Both hand out the same things, so a kernel is written once: U vectors, each with what belongs to one row (in all its lanes) or to VL rows.
 #pragma once
@@ -127,7 +127,8 @@ template <class C, class Body> void each_tile(const Classes& size, const Body& b
     int64_t wide = D / (WIDE * VL<C>), rest = D - wide * WIDE * VL<C>, strips = wide + (rest + VL<C> - 1) / VL<C>;
     parallel(M * strips, [&, N = N, D = D](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; i++) {
-            int64_t m = i / strips, strip = i % strips, d = std::min(strip, wide) * WIDE * VL<C> + std::max<int64_t>(strip - wide, 0) * VL<C>;
+            int64_t m = i / strips, strip = i % strips;
+            int64_t d = std::min(strip, wide) * WIDE * VL<C> + std::max<int64_t>(strip - wide, 0) * VL<C>;
             if (strip < wide) body(Strip<C, WIDE, full<C>>{N, D, {}}, m * N * D + d, m * D + d);
             else body(Strip<C, 1, int>{N, D, int(std::min<int64_t>(VL<C>, D - d))}, m * N * D + d, m * D + d);
         }
@@ -136,11 +137,11 @@ template <class C, class Body> void each_tile(const Classes& size, const Body& b
 
 // top and sum of every row of a tile: two passes, the second from the cache while the next tile is on its way to it.
 // visit(place, u, lanes, e) sees the exponentials.
-template <class T, class Tile, class Visit>
-inline void normalise(const Tile& tile, const T* x, typename Tile::V (&top)[Tile::U], typename Tile::V (&sum)[Tile::U], const Visit& visit) {
+template <class T, class Tile, class Visit, class V = typename Tile::V>
+inline void normalise(const Tile& tile, const T* x, V (&top)[Tile::U], V (&sum)[Tile::U], const Visit& visit) {
     using C = compute_t<T>;
     constexpr C LOWEST = -std::numeric_limits<C>::infinity();
-    for (int u = 0; u < Tile::U; u++) top[u] = set(LOWEST), sum[u] = typename Tile::V{};
+    for (int u = 0; u < Tile::U; u++) top[u] = set(LOWEST), sum[u] = V{};
     tile.each([&](int64_t at, int64_t, int u, auto lanes) { top[u] = max(tile.only(load(x + at, lanes), lanes, LOWEST), top[u]); });
     for (auto& t : top) t = tile.largest(t);  // NaN is passed over here, and comes back as a NaN sum
     tile.each([&](int64_t at, int64_t, int u, auto lanes) {

@@ -17,6 +17,7 @@ if __all__:
             classes, layer = (self.num_classes, *self.out_features), self.linear
             return F.linear_cross_entropy(
                 input, layer.weight.view(*classes, layer.in_features), target,
-                linear_bias=None if layer.bias is None else layer.bias.view(classes), weight=self.weight, reduction=self.reduction, ignore_index=self.ignore_index,
+                linear_bias=None if layer.bias is None else layer.bias.view(classes), weight=self.weight,
+                reduction=self.reduction, ignore_index=self.ignore_index,
                 label_smoothing=self.label_smoothing, options=self.options,
             )  # fmt: skip
