@@ -1,8 +1,8 @@
 // batch_norm: y = act((x - mean) weight rstd + bias) with mean and variance of each channel, over the whole batch or given.
 //
-//   statistics   per piece: the mean, as its first number plus the mean distance from that; then sums of d = x - mean and d^2 while the piece
-//                is in the L1 cache, and mean + sum d / n. So a large mean cancels nowhere, and equal numbers have variance 0. Pieces are
-//                joined in double, in order (Chan et al. 1979).
+//   statistics   per piece: a centre, which is the mean of its first eighth, and sums of d = x - centre and d^2. Cancellation in
+//                sum d^2 - (sum d)^2 / n costs at most 3 bits, whatever the mean: if the centre is far off, the eighth alone has that much
+//                variance. Equal numbers have variance 0. Pieces are joined in double, in order (Chan et al. 1979).
 //   normalise    while the channel is in the cache, last block first
 //   backward     the same two phases: sums of dz and dz (x - mean); dx = scale (dz - a - (x - mean) b) with a and b per channel
 //
@@ -14,7 +14,6 @@
 namespace {
 
 constexpr const char *TRAIN = "batch_norm_train", *EVAL = "batch_norm_eval", *BACKWARD = "batch_norm_backward";
-
 // z <= this becomes y <= 0: what relu cuts, and what rounds to zero in storage.
 template <class T> constexpr float CUT = 0;
 template <> constexpr float CUT<f16> = 0x1p-25f;
@@ -36,47 +35,36 @@ template <class C> struct Statistics {
     double rstd(int64_t c, double eps) const { return 1 / std::sqrt(double(var[c]) + eps); }
 };
 
-// Count, mean and sum of squared deviations of G channels.
-template <int G> struct Moments {
-    double count = 0, mean[G] = {}, m2[G] = {};
-    void join(double n, const double* other_mean, const double* other_m2) {
-        double share = n / (count + n), cross = count * share;
-        for (int c = 0; c < G; c++) {
-            double delta = other_mean[c] - mean[c];
-            mean[c] += delta * share, m2[c] += other_m2[c] + delta * delta * cross;
-        }
-        count += n;
-    }
-};
-
 template <class V> inline V relu(V z) { return z < 0 ? V{} : z; }  // NaN passes
 
 struct Arguments {
     PerChannel weight, bias, running_mean, running_var;
     double momentum, eps;
-    bool relu;
 };
 
 // Means, then sums of squared deviations, of block b for every channel of group g, into out[2][GROUP].
 template <class K, class T> void block_moments(const K& k, const T* x, int64_t g, int64_t b, double* out) {
     using C = typename K::C;
     Moments<K::GROUP> found;
+    const int64_t ahead = k.ahead();
     k.each_piece(b, [&](int64_t begin, int64_t end) {
-        alignas(64) C some[K::GROUP], sums[K::GROUP], centre[K::GROUP], squares[K::GROUP];
+        alignas(64) C some[K::GROUP] = {}, sums[K::GROUP], centre[K::GROUP], squares[K::GROUP];
         k.each_run(g, begin, begin + 1, [&](int64_t at, int64_t length) {
-            for (int c = 0; c < K::GROUP; c += K::L) store(some + c, load(x + at + c, std::clamp<int>(length - c, 0, K::COLUMNS ? K::L : 1)), K::GROUP - c);
+            for (int c = 0; c < std::min<int>(K::GROUP, length); c += K::L)
+                store(some + c, load(x + at + c, std::min<int>(K::GROUP, length) - c), K::GROUP - c);
         });
         typename K::Quad start(some);
         typename K::Sums rough;
-        k.each_vector(g, begin, end, [&](int i, int64_t at, int lanes) __attribute__((always_inline)) {
-            prefetch_l2(x + at + (K::COLUMNS ? 16 * k.channels : 1024));
+        int64_t part = std::min(end - begin, K::PIECE / 8);
+        k.each_vector(g, begin, begin + part, [&](int i, int64_t at, int lanes) INLINE {
             rough.v[i] += keep(load(x + at, lanes) - start.v[i], lanes);
         });
         rough.to(centre);
-        for (int c = 0; c < K::GROUP; c++) centre[c] = some[c] + centre[c] / (end - begin);
+        for (int c = 0; c < K::GROUP; c++) centre[c] = some[c] + centre[c] / part;
         typename K::Quad m(centre);
         typename K::Sums first, second;
-        k.each_vector(g, begin, end, [&](int i, int64_t at, int lanes) __attribute__((always_inline)) {
+        k.each_vector(g, begin, end, [&](int i, int64_t at, int lanes) INLINE {
+            k.fetch(i, x + at + ahead);
             auto d = keep(load(x + at, lanes) - m.v[i], lanes);
             first.v[i] += d, second.v[i] += d * d;
         });
@@ -91,10 +79,12 @@ template <class K, class T> void block_moments(const K& k, const T* x, int64_t g
     std::copy_n(found.mean, K::GROUP, out), std::copy_n(found.m2, K::GROUP, out + K::GROUP);
 }
 
-template <bool RELU, class K, class T> void normalise(const K& k, const Parameters<typename K::C>& p, const T* x, T* y, int64_t g, int64_t b) {
+template <bool RELU, class K, class T>
+void normalise(const K& k, const Parameters<typename K::C>& p, const T* x, T* y, int64_t g, int64_t begin, int64_t end) {
     typename K::Quad mean(p.mean + g * K::GROUP), scale(p.scale + g * K::GROUP), bias(p.bias + g * K::GROUP);
-    int64_t begin = b * K::BLOCK;
-    k.each_vector(g, begin, begin + k.size_of_block(b), [&](int i, int64_t at, int lanes) __attribute__((always_inline)) {
+    const int64_t ahead = k.ahead();
+    k.each_vector(g, begin, end, [&](int i, int64_t at, int lanes) INLINE {
+        k.template fetch<1>(i, y + at + ahead);
         auto z = (load(x + at, lanes) - mean.v[i]) * scale.v[i] + bias.v[i];
         store(y + at, RELU ? relu(z) : z, lanes);
     });
@@ -104,7 +94,8 @@ template <bool RELU, class K, class T> void normalise(const K& k, const Paramete
 inline double finite(double correction) { return std::isfinite(correction) ? correction : 0; }
 
 // Mean, scale and bias of the `n` channels from c on, from their statistics.
-template <class K> void set(const Parameters<typename K::C>& p, int64_t c, int n, const Arguments& args, const Statistics<typename K::C>& stats) {
+template <class K>
+void set(const Parameters<typename K::C>& p, int64_t c, int n, const Arguments& args, const Statistics<typename K::C>& stats) {
     double weight[K::GROUP], bias[K::GROUP];
     args.weight.read(c, n, weight, 1), args.bias.read(c, n, bias, 0);
     for (int i = 0; i < n; i++, c++) {
@@ -119,7 +110,7 @@ void forward(const K& k, const Arguments& args, bool training, const T* x, T* y,
     Parameters<typename K::C> p(k.padded());
     std::vector<double> workspace(training ? 2 * k.padded() * k.blocks() : 0);
     auto block = [&](int64_t g, int64_t b) { return workspace.data() + 2 * (b * k.padded() + g * K::GROUP); };
-    auto first = [&](int64_t g, int64_t b) { if (training) block_moments(k, x, g, b, block(g, b)); };
+    auto first = [&](int64_t g, int64_t b) { block_moments(k, x, g, b, block(g, b)); };
     auto middle = [&](int64_t g) {
         int64_t at = g * K::GROUP;
         int n = k.size_of_group(g);
@@ -133,10 +124,14 @@ void forward(const K& k, const Arguments& args, bool training, const T* x, T* y,
             args.running_mean.write(at, n, mean), args.running_var.write(at, n, var);
             for (int c = 0; c < n; c++) mean[c] = total.mean[c], var[c] = total.m2[c] / k.count();
         }
-        for (int c = 0; c < n; c++) stats.mean[at + c] = mean[c], stats.var[at + c] = var[c], stats.rest[at + c] = mean[c] - stats.mean[at + c];
+        for (int c = 0; c < n; c++) {
+            stats.mean[at + c] = mean[c], stats.var[at + c] = var[c];
+            stats.rest[at + c] = mean[c] - stats.mean[at + c];
+        }
         set<K>(p, at, n, args, stats);
     };
-    k.phases(first, middle, [&](int64_t g, int64_t b) { normalise<RELU>(k, p, x, y, g, b); });
+    auto map = [&](int64_t g, int64_t begin, int64_t end) { normalise<RELU>(k, p, x, y, g, begin, end); };
+    training ? k.phases(first, middle, map) : k.one_phase(middle, map);
 }
 
 // dz = dy where relu passed z, 0 where it did not.
@@ -150,12 +145,12 @@ void block_sums(const K& k, const Parameters<typename K::C>& p, const T* dy, con
     using C = typename K::C;
     typename K::Quad mean(p.mean + g * K::GROUP), scale(p.scale + g * K::GROUP), bias(p.bias + g * K::GROUP);
     std::fill_n(out, 2 * K::GROUP, 0);
+    const int64_t ahead = k.ahead();
     k.each_piece(b, [&](int64_t begin, int64_t end) {
         alignas(64) C sums[2 * K::GROUP];
         typename K::Sums plain, weighted;
-        k.each_vector(g, begin, end, [&](int i, int64_t at, int lanes) __attribute__((always_inline)) {
-            int64_t ahead = K::COLUMNS ? 16 * k.channels : 1024;
-            prefetch_l2(x + at + ahead), prefetch_l2(dy + at + ahead);
+        k.each_vector(g, begin, end, [&](int i, int64_t at, int lanes) INLINE {
+            k.fetch(i, x + at + ahead), k.fetch(i, dy + at + ahead);
             auto centred = load(x + at, lanes) - mean.v[i];
             auto dz = through_relu<RELU, T>(load(dy + at, lanes), centred, scale.v[i], bias.v[i]);
             plain.v[i] += dz, weighted.v[i] += keep(dz * centred, lanes);
@@ -166,20 +161,22 @@ void block_sums(const K& k, const Parameters<typename K::C>& p, const T* dy, con
 }
 
 template <bool RELU, class K, class T>
-void input_gradient(const K& k, const Parameters<typename K::C>& p, bool training, const T* dy, const T* x, T* dx, int64_t g, int64_t b) {
+void input_gradient(const K& k, const Parameters<typename K::C>& p, bool training, const T* dy, const T* x, T* dx, int64_t g, int64_t begin,
+                    int64_t end) {
     typename K::Quad mean(p.mean + g * K::GROUP), scale(p.scale + g * K::GROUP), bias(p.bias + g * K::GROUP);
     typename K::Quad pa(p.a + g * K::GROUP), pb(p.b + g * K::GROUP);
-    int64_t begin = b * K::BLOCK, end = begin + k.size_of_block(b);
-    auto dz = [&](int i, int64_t at, int lanes, auto centred) __attribute__((always_inline)) {
+    auto dz = [&](int i, int64_t at, int lanes, auto centred) INLINE {
         return through_relu<RELU, T>(load(dy + at, lanes), centred, scale.v[i], bias.v[i]);
     };
+    const int64_t ahead = k.ahead();
     if (training)
-        k.each_vector(g, begin, end, [&](int i, int64_t at, int lanes) __attribute__((always_inline)) {
+        k.each_vector(g, begin, end, [&](int i, int64_t at, int lanes) INLINE {
+            k.template fetch<1>(i, dx + at + ahead);
             auto centred = load(x + at, lanes) - mean.v[i];
             store(dx + at, scale.v[i] * (dz(i, at, lanes, centred) - pa.v[i] - centred * pb.v[i]), lanes);
         });
     else
-        k.each_vector(g, begin, end, [&](int i, int64_t at, int lanes) __attribute__((always_inline)) {
+        k.each_vector(g, begin, end, [&](int i, int64_t at, int lanes) INLINE {
             auto centred = RELU ? load(x + at, lanes) - mean.v[i] : mean.v[i];  // without relu no need to read x
             store(dx + at, scale.v[i] * dz(i, at, lanes, centred), lanes);
         });
@@ -193,7 +190,7 @@ void backward(const K& k, const Arguments& args, bool training, const T* dy, con
     bool sums = training || dweight.p || dbias.p;
     std::vector<double> workspace(sums ? 2 * k.padded() * k.blocks() : 0);
     auto block = [&](int64_t g, int64_t b) { return workspace.data() + 2 * (b * k.padded() + g * K::GROUP); };
-    auto first = [&](int64_t g, int64_t b) { if (sums) block_sums<RELU>(k, p, dy, x, g, b, block(g, b)); };
+    auto first = [&](int64_t g, int64_t b) { block_sums<RELU>(k, p, dy, x, g, b, block(g, b)); };
     auto middle = [&](int64_t g) {
         int64_t at = g * K::GROUP;
         int n = sums ? k.size_of_group(g) : 0;
@@ -209,7 +206,8 @@ void backward(const K& k, const Arguments& args, bool training, const T* dy, con
         }
         dbias.write(at, n, plain), dweight.write(at, n, weighted);
     };
-    k.phases(first, middle, [&](int64_t g, int64_t b) { if (dx) input_gradient<RELU>(k, p, training, dy, x, dx, g, b); });
+    auto map = [&](int64_t g, int64_t begin, int64_t end) { if (dx) input_gradient<RELU>(k, p, training, dy, x, dx, g, begin, end); };
+    sums ? k.phases(first, middle, map) : k.one_phase(middle, map);
 }
 
 // ---- the ops, with every argument checked ------------------------------------------------------------------------------------------
@@ -227,7 +225,6 @@ template <class F> void with_channels(const char* op, const Tensor& x, const For
 }
 
 ScalarType statistics_type(const Tensor& x) { return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
-
 // x as every op takes it; its format.
 Format checked_input(const char* op, const Tensor& x) {
     Format format = format_of(op, x);
@@ -236,25 +233,12 @@ Format checked_input(const char* op, const Tensor& x) {
     return format;
 }
 
-// Tensors [C], all in x's dtype, or all in float where x is of a half type.
-struct Named {
-    const char* name;
-    const std::optional<Tensor>& t;
-};
-void checked_channels(const char* op, const Tensor& x, std::initializer_list<Named> tensors) {
-    ScalarType dtype = x.scalar_type();
-    for (const auto& [name, t] : tensors)
-        if (t && t->defined() && t->scalar_type() == ScalarType::Float && x.element_size() == 2) dtype = ScalarType::Float;
-    for (const auto& [name, t] : tensors)
-        if (t) checked(op, name, *t, dtype, {x.size(1)});
-}
-
-std::tuple<Tensor, Tensor> run_forward(const char* op, const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
-                                       const std::optional<Tensor>& mean, const std::optional<Tensor>& var, bool training, double momentum,
-                                       double eps, bool relu) {
+using Optional = std::optional<Tensor>;
+std::tuple<Tensor, Tensor> run_forward(const char* op, const Tensor& x, const Optional& weight, const Optional& bias, const Optional& mean,
+                                       const Optional& var, bool training, double momentum, double eps, bool relu) {
     Format format = checked_input(op, x);
     checked_channels(op, x, {{"weight", weight}, {"bias", bias}, {"running_mean", mean}, {"running_var", var}});
-    Arguments args = {PerChannel(weight), PerChannel(bias), PerChannel(mean), PerChannel(var), momentum, eps, relu};
+    Arguments args = {PerChannel(weight), PerChannel(bias), PerChannel(mean), PerChannel(var), momentum, eps};
     with_type(op, x.scalar_type(), [](auto) {});
     if (x.numel() <= (training ? x.size(1) : 0))
         fail(op, ": x has shape ", shape_text(x), ", needs ", training ? "more than one number per channel" : "at least one number");
@@ -271,20 +255,17 @@ std::tuple<Tensor, Tensor> run_forward(const char* op, const Tensor& x, const st
     return {y, stats};
 }
 
-std::tuple<Tensor, Tensor> batch_norm_train(Tensor x, std::optional<Tensor> weight, std::optional<Tensor> bias,
-                                            std::optional<Tensor> running_mean, std::optional<Tensor> running_var, double momentum,
-                                            double eps, bool relu) {
+std::tuple<Tensor, Tensor> batch_norm_train(Tensor x, Optional weight, Optional bias, Optional running_mean, Optional running_var,
+                                            double momentum, double eps, bool relu) {
     return run_forward(TRAIN, x, weight, bias, running_mean, running_var, true, momentum, eps, relu);
 }
 
-std::tuple<Tensor, Tensor> batch_norm_eval(Tensor x, std::optional<Tensor> weight, std::optional<Tensor> bias, Tensor mean, Tensor var,
-                                           double eps, bool relu) {
+std::tuple<Tensor, Tensor> batch_norm_eval(Tensor x, Optional weight, Optional bias, Tensor mean, Tensor var, double eps, bool relu) {
     return run_forward(EVAL, x, weight, bias, mean, var, false, 0, eps, relu);
 }
 
-std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(Tensor dy, Tensor x, std::optional<Tensor> weight, std::optional<Tensor> bias,
-                                                       Tensor stats, bool training, double eps, bool relu, bool need_dx, bool need_dweight,
-                                                       bool need_dbias) {
+std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(Tensor dy, Tensor x, Optional weight, Optional bias, Tensor stats, bool training,
+                                                       double eps, bool relu, bool need_dx, bool need_dweight, bool need_dbias) {
     Format format = checked_input(BACKWARD, x);
     checked_channels(BACKWARD, x, {{"weight", weight}, {"bias", bias}});
     checked(BACKWARD, "stats", stats, statistics_type(x), {3, x.size(1)});
@@ -292,12 +273,12 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(Tensor dy, Tensor x, std:
         !std::ranges::equal(dy.sizes(), x.sizes()))
         fail(BACKWARD, ": dy must be a strided cpu tensor of shape ", shape_text(x), " and dtype ", toString(x.scalar_type()), " like x");
     with_type(BACKWARD, x.scalar_type(), [](auto) {});
-    auto like = [&](const std::optional<Tensor>& t) { return empty(t ? *t : x, {x.size(1)}); };
+    auto like = [&](const Optional& t) { return empty(t ? *t : x, {x.size(1)}); };
     Tensor dx = need_dx ? empty(x, format) : Tensor();
-    std::optional<Tensor> dweight, dbias;
+    Optional dweight, dbias;
     if (need_dweight) dweight = like(weight);
     if (need_dbias) dbias = like(bias);
-    Arguments args = {PerChannel(weight), PerChannel(bias), {}, {}, 0, eps, relu};
+    Arguments args = {PerChannel(weight), PerChannel(bias), {}, {}, 0, eps};
     if (x.size(1) > 0) {
         Tensor d = in_format(dy, format), xs = in_format(x, format), s = dense(stats);
         with_channels(BACKWARD, x, format, relu, [&](auto type, auto k, auto with_relu) {

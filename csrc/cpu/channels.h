@@ -15,6 +15,8 @@
 #include "op.h"
 #include "rows.h"
 
+#define INLINE __attribute__((always_inline))  // loops whose bodies are functions, with their sums in registers
+
 enum class Memory { ROWS, COLUMNS };
 
 template <class T, Memory MEMORY> struct Channels {
@@ -28,10 +30,16 @@ template <class T, Memory MEMORY> struct Channels {
     int64_t count() const { return N * S; }  // numbers of a channel
     int64_t groups() const { return (channels + GROUP - 1) / GROUP; }
     int64_t blocks() const { return (count() + BLOCK - 1) / BLOCK; }
+    // From a number to one of the same channel that comes soon: another run, or some rows further. The hardware foresees neither.
+    int64_t ahead() const { return COLUMNS ? 16 * channels : channels * S; }
+    // Fetch for writing or reading what vector i of a line of WIDTH numbers will need: once per line of the cache.
+    template <int WRITE = 0> INLINE static void fetch(int i, const T* p) {
+        if (i % std::max<int>(1, 64 / (L * sizeof(T))) == 0) __builtin_prefetch(p, WRITE, 2);
+    }
     int64_t padded() const { return groups() * GROUP; }
 
     // f(at, length) for runs of neighbouring numbers that make up numbers [begin, end) of every channel of group g.
-    template <class F> void each_run(int64_t g, int64_t begin, int64_t end, const F& f) const {
+    template <class F> INLINE void each_run(int64_t g, int64_t begin, int64_t end, const F& f) const {
         if constexpr (COLUMNS) {
             int64_t at = begin * channels + g * WIDTH, length = std::min<int64_t>(WIDTH, channels - g * WIDTH);
             for (int64_t m = begin; m < end; m++, at += channels) f(at, length);
@@ -45,19 +53,20 @@ template <class T, Memory MEMORY> struct Channels {
     }
 
     // f(i, at, lanes) for the vectors of those runs; i, known to the compiler, is the vector's place among WIDTH numbers.
-    template <class F> void each_vector(int64_t g, int64_t begin, int64_t end, const F& f) const {
-        each_run(g, begin, end, [&](int64_t at, int64_t length) __attribute__((always_inline)) {
+    template <class F> INLINE void each_vector(int64_t g, int64_t begin, int64_t end, const F& f) const {
+        each_run(g, begin, end, [&](int64_t at, int64_t length) INLINE {
             int64_t stop = at + length;
-            for (; at + WIDTH <= stop; at += WIDTH) f(0, at, L), f(1, at + L, L), f(2, at + 2 * L, L), f(3, at + 3 * L, L);
+            for (; at + WIDTH <= stop; at += WIDTH)
+                f(0, at, L), f(1, at + L, L), f(2, at + 2 * L, L), f(3, at + 3 * L, L);
 #pragma GCC unroll 4
             for (int i = 0; i < QUAD; i++, at += L)
                 if (at < stop) f(i, at, int(std::min<int64_t>(L, stop - at)));
         });
     }
 
-    // The pieces [begin, end) of block b.
+    // f(begin, end) for the pieces of block b.
     template <class F> void each_piece(int64_t b, const F& f) const {
-        int64_t stop = std::min(count(), (b + 1) * BLOCK);
+        int64_t stop = b * BLOCK + size_of_block(b);
         for (int64_t begin = b * BLOCK; begin < stop; begin += PIECE) f(begin, std::min(stop, begin + PIECE));
     }
     int size_of_group(int64_t g) const { return std::min<int64_t>(GROUP, channels - g * GROUP); }
@@ -81,25 +90,35 @@ template <class T, Memory MEMORY> struct Channels {
         }
     };
 
-    // first(g, b) for every block of a group, middle(g), second(g, b). A thread that owns whole groups finds the numbers of the second phase
-    // in its cache, the last ones first; where there are too few groups to share out, threads share blocks.
-    template <class A, class B, class D> void phases(const A& first, const B& middle, const D& second) const {
-        int64_t G = groups(), blocks_ = blocks(), all = G * blocks_;
-        bool serial = count() * channels <= SERIAL_NUMBERS;
-        if (serial || G >= 4 * threads()) {
+    // first(g, b) for every block of a group, middle(g), then map(g, begin, end) over its numbers. A thread that owns whole groups finds
+    // the numbers of the second phase in its cache, the last ones first; where there are too few groups to share out, threads share blocks.
+    template <class A, class B, class D> void phases(const A& first, const B& middle, const D& map) const {
+        int64_t G = groups(), count_ = blocks(), all = G * count_;
+        auto second = [&](int64_t g, int64_t b) { map(g, b * BLOCK, b * BLOCK + size_of_block(b)); };
+        if (serial() || G >= 4 * threads()) {
             parallel(G, [&](int64_t g, int64_t end) {
                 for (; g < end; g++) {
-                    for (int64_t b = 0; b < blocks_; b++) first(g, b);
+                    for (int64_t b = 0; b < count_; b++) first(g, b);
                     middle(g);
-                    for (int64_t b = blocks_; b-- > 0;) second(g, b);
+                    for (int64_t b = count_; b-- > 0;) second(g, b);
                 }
-            }, serial);
+            }, serial());
             return;
         }
         parallel(all, [&](int64_t i, int64_t end) { for (; i < end; i++) first(i % G, i / G); });
         for (int64_t g = 0; g < G; g++) middle(g);
         parallel(all, [&](int64_t i, int64_t end) { for (; i < end; i++) second((all - 1 - i) % G, (all - 1 - i) / G); });
     }
+
+    // middle(g) for every group, then the map alone, in the order of memory.
+    template <class B, class D> void one_phase(const B& middle, const D& map) const {
+        int64_t G = groups(), length = COLUMNS ? PIECE : S, all = G * ((count() + length - 1) / length);
+        for (int64_t g = 0; g < G; g++) middle(g);
+        parallel(all, [&](int64_t i, int64_t end) {
+            for (; i < end; i++) map(i % G, i / G * length, std::min(count(), (i / G + 1) * length));
+        }, serial());
+    }
+    bool serial() const { return count() * channels <= SERIAL_NUMBERS; }
 };
 
 // The first `lanes` lanes of v, zero in the others.
@@ -110,6 +129,19 @@ template <class V> inline V keep(V v, int lanes) {
     for (int i = 0; i < n; i++) lane[i] = i;
     return lanes >= n ? v : lane < V{} + Number(lanes) ? v : V{};
 }
+
+// Count, mean and sum of squared deviations of G channels.
+template <int G> struct Moments {
+    double count = 0, mean[G] = {}, m2[G] = {};
+    void join(double n, const double* other_mean, const double* other_m2) {
+        double share = n / (count + n), cross = count * share;
+        for (int c = 0; c < G; c++) {
+            double delta = other_mean[c] - mean[c];
+            mean[c] += delta * share, m2[c] += other_m2[c] + delta * delta * cross;
+        }
+        count += n;
+    }
+};
 
 // One number per channel in memory of any float type; `p` is null where the tensor is absent.
 struct PerChannel {
@@ -138,6 +170,19 @@ struct PerChannel {
         });
     }
 };
+
+// Tensors [C], all in x's dtype, or all in float where x is of a half type.
+struct Named {
+    const char* name;
+    const std::optional<Tensor>& t;
+};
+inline void checked_channels(const char* op, const Tensor& x, std::initializer_list<Named> tensors) {
+    ScalarType dtype = x.scalar_type();
+    for (const auto& [name, t] : tensors)
+        if (t && t->defined() && t->scalar_type() == ScalarType::Float && x.element_size() == 2) dtype = ScalarType::Float;
+    for (const auto& [name, t] : tensors)
+        if (t) checked(op, name, *t, dtype, {x.size(1)});
+}
 
 // How the numbers of a tensor lie.
 struct Format {
@@ -177,5 +222,6 @@ inline Tensor in_format(const Tensor& t, const Format& format) {
     if (same) return t;
     using torch::headeronly::MemoryFormat;
     bool last = format.rank > 2 && format.memory == Memory::COLUMNS;
-    return torch::stable::contiguous(t, !last ? MemoryFormat::Contiguous : format.rank == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d);
+    auto channels_last = format.rank == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d;
+    return torch::stable::contiguous(t, last ? channels_last : MemoryFormat::Contiguous);
 }

@@ -34,7 +34,7 @@ def channel(p, c, C, DEFAULT: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def finite(correction):
-    """The part of a number that the rest of the mean accounts for: nothing where there are infinities, which it could only turn into NaN."""
+    """What the rest of the mean adds to a number: nothing where there are infinities, which it could only turn into NaN."""
     return tl.where(correction - correction == 0, correction, 0.0)
 
 
@@ -82,11 +82,11 @@ def batch_norm_moments(x, partial, N, C, S, sn, sc, ss, TILES, SHARE, BN: tl.con
         d = tl.where(inside, v - middle[None, :], 0.0)
         left = tl.sum(d, axis=0) / k  # what rounding kept from the mean of the tile
         count, mean, rest, m2 = join(count, mean, rest, m2, k, middle, left, tl.sum(d * d, axis=0) - left * left * k)
-    row = partial + share.to(tl.int64) * 4 * C + c
-    tl.store(row, count, c < C)
-    tl.store(row + C, mean, c < C)
-    tl.store(row + 2 * C, rest, c < C)
-    tl.store(row + 3 * C, m2, c < C)
+    row = partial + share.to(tl.int64) * 4 * C
+    tl.store(row + c, count, c < C)
+    tl.store(row + C + c, mean, c < C)
+    tl.store(row + 2 * C + c, rest, c < C)
+    tl.store(row + 3 * C + c, m2, c < C)
 
 
 @triton.jit
@@ -98,12 +98,11 @@ def batch_norm_statistics(
     c = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = c < C
     count, mean, rest, m2 = tl.zeros((BLOCK,), ACC), tl.zeros((BLOCK,), ACC), tl.zeros((BLOCK,), ACC), tl.zeros((BLOCK,), ACC)
-    row = partial + c
-    for _ in range(SHARES):
-        k, mean_k = tl.load(row, inside, other=1.0), tl.load(row + C, inside, other=0.0)
-        rest_k, m2_k = tl.load(row + 2 * C, inside, other=0.0), tl.load(row + 3 * C, inside, other=0.0)
+    for share in range(SHARES):
+        row = partial + tl.full((), share, tl.int64) * 4 * C
+        k, mean_k = tl.load(row + c, inside, other=1.0), tl.load(row + C + c, inside, other=0.0)
+        rest_k, m2_k = tl.load(row + 2 * C + c, inside, other=0.0), tl.load(row + 3 * C + c, inside, other=0.0)
         count, mean, rest, m2 = join(count, mean, rest, m2, k, mean_k, rest_k, m2_k)
-        row += 4 * C
     tl.store(stats + c, mean, inside)
     tl.store(stats + C + c, m2 / M, inside)
     tl.store(stats + 2 * C + c, rest, inside)
@@ -139,7 +138,7 @@ def batch_norm_sums(
     ACC: tl.constexpr = partial.dtype.element_ty
     share = tl.program_id(1)
     c = tl.program_id(0).to(tl.int64) * BC + tl.arange(0, BC)
-    mean, _, scale, shift = parameters(stats, weight, bias, c, C, eps)
+    mean, _rstd, scale, shift = parameters(stats, weight, bias, c, C, eps)
     plain, weighted = tl.zeros((BC,), ACC), tl.zeros((BC,), ACC)
     for tile in range(share * SHARE, tl.minimum((share + 1) * SHARE, TILES)):
         at, inside, _ = place(tile, N, C, S, sn, sc, ss, BN, BS, BC)
@@ -147,9 +146,9 @@ def batch_norm_sums(
         dz = formed(tl.load(dy + at, inside, other=0.0).to(ACC), centred, scale, shift, RELU, x.dtype.element_ty)
         plain += tl.sum(dz, axis=0)
         weighted += tl.sum(dz * centred, axis=0)
-    row = partial + share.to(tl.int64) * 2 * C + c
-    tl.store(row, plain, c < C)
-    tl.store(row + C, weighted, c < C)
+    row = partial + share.to(tl.int64) * 2 * C
+    tl.store(row + c, plain, c < C)
+    tl.store(row + C + c, weighted, c < C)
 
 
 @triton.jit
@@ -159,18 +158,17 @@ def batch_norm_totals(partial, stats, totals, dweight, dbias, C, SHARES, eps: tl
     inside = c < C
     plain = tl.load(partial + c, inside, other=0.0)
     weighted = tl.load(partial + C + c, inside, other=0.0)
-    row = partial + c
-    for _ in range(1, SHARES):
-        row += 2 * C
-        plain += tl.load(row, inside, other=0.0)
-        weighted += tl.load(row + C, inside, other=0.0)
+    for share in range(1, SHARES):
+        row = partial + tl.full((), share, tl.int64) * 2 * C
+        plain += tl.load(row + c, inside, other=0.0)
+        weighted += tl.load(row + C + c, inside, other=0.0)
     weighted -= finite(tl.load(stats + 2 * C + c, inside, other=0.0) * plain)
     tl.store(totals + c, plain, inside)
     tl.store(totals + C + c, weighted, inside)
     if dbias is not None:
         tl.store(dbias + c, plain.to(dbias.dtype.element_ty), inside)
     if dweight is not None:
-        _, rstd, _, _ = parameters(stats, None, None, c, C, eps)
+        rstd = 1.0 / tl.sqrt(tl.load(stats + C + c, inside, other=1.0) + eps)
         tl.store(dweight + c, (weighted * rstd).to(dweight.dtype.element_ty), inside)
 
 
@@ -265,7 +263,8 @@ def backward(
     check_tensor("stats", stats, stats if stats.dtype == _accumulator(x) and stats.device == x.device else x, (3, x.shape[1]))
     dy, x, stats = dy.contiguous(memory_format=form), x.contiguous(memory_format=form), stats.contiguous()
     weight, bias = _dense(weight), _dense(bias)
-    dweight, dbias = ((x if t is None else t).new_empty(view.C) if need else None for t, need in ((weight, need_dweight), (bias, need_dbias)))
+    dweight = (x if weight is None else weight).new_empty(view.C) if need_dweight else None
+    dbias = (x if bias is None else bias).new_empty(view.C) if need_dbias else None
     dx, totals = torch.empty_like(x) if need_dx else None, None
     if view.C and (training or need_dweight or need_dbias):
         shares, share = view.shares(x)

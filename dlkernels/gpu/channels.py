@@ -1,7 +1,8 @@
 """Where the numbers of a channel lie, for kernels that normalise channels: one view of both memory formats, cut into tiles.
 
-Number (n, s) of channel c lies at n sn + s ss + c sc. Contiguous memory takes one channel per program and lanes along s; channels-last memory
-is one long run of rows, and a program takes BC neighbouring channels, lanes along them. Shares of the tiles make up for too few channels.
+Number (n, s) of channel c lies at n sn + s ss + c sc. Contiguous memory takes one channel per program and lanes along s; channels-last
+memory is one long run of rows, and a program takes BC neighbouring channels, lanes along them. Shares of the tiles make up for too few
+channels.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-r"""batch_norm: y = act((x - mean) rstd weight + bias), mean and rstd of each channel over the batch and all positions (Ioffe & Szegedy 2015,
-arXiv:1502.03167, algorithm 1), act the identity or relu.
+r"""batch_norm: y = act((x - mean) rstd weight + bias), mean and rstd of each channel over the batch and all positions, act the identity or
+relu (Ioffe & Szegedy 2015, arXiv:1502.03167, algorithm 1).
 
 Training    mean[c] = Σ x[n,c,s] / m       var[c] = Σ (x[n,c,s] - mean[c])² / m       rstd = 1 / √(var + eps),   m = N S
             running_mean ← (1 - momentum) running_mean + momentum mean,   running_var likewise with var m / (m - 1)
@@ -8,8 +8,8 @@ Backward    dz = dy, or 0 where relu gave 0      x̂ = (x - mean) rstd
             dbias = Σ dz     dweight = Σ dz x̂     training: dx = weight rstd (dz - (dbias + x̂ dweight) / m)     eval: dx = weight rstd dz
 
 Shapes      x (N, C), (N, C, L), (N, C, H, W), (N, C, D, H, W), contiguous or channels last; y likewise; the others (C,); S positions
-Work        training reads x twice and writes y, backward reads dy and x twice and writes dx; eval reads and writes once: memory decides, and
-            the order of the work, so that what is read twice is in the cache the second time
+Work        training reads x twice and writes y, backward reads dy and x twice and writes dx; eval reads and writes once: memory decides,
+            and the order of the work, so that what is read twice is in the cache the second time
 """
 
 from __future__ import annotations
@@ -21,61 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import increment_version
-from torch._prims_common import suggest_memory_format
 
-from ..backend import PLAIN_TENSORS, apply_function, define
+from ..backend import PLAIN_TENSORS, apply_function
 from ..contract import Optionals, needs_grad, reference_gradients, require_tensors, unsupported
 from ..registry import Cost, Op, register
+from . import batch_norm_raw as raw
 
 __all__ = ["batch_norm", "batch_norm_relu"]
-
-
-def _empty_like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=suggest_memory_format(x))
-
-
-def _check(x: Tensor, channels: dict[str, Tensor | None]) -> None:
-    """What the kernels check, while a graph is traced."""
-    torch._check(2 <= x.dim() <= 5, lambda: f"x must have 2 to 5 dimensions, got {x.dim()}")
-    for name, t in channels.items():
-        if t is not None:
-            torch._check(t.shape == (x.shape[1],), lambda name=name, t=t: f"{name} has shape {tuple(t.shape)}, needs ({x.shape[1]},)")
-            fits = t.dtype == x.dtype or (t.dtype == torch.float32 and x.dtype.itemsize == 2)
-            torch._check(fits, lambda name=name, t=t: f"{name} has dtype {t.dtype}, needs {x.dtype} like x, or float32 beside a half type")
-            torch._check(t.device == x.device, lambda name=name, t=t: f"{name} is on {t.device}, x on {x.device}")
-
-
-def _forward_fake(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, var: Tensor | None) -> tuple[Tensor, Tensor]:
-    _check(x, {"weight": weight, "bias": bias, "running_mean": mean, "running_var": var})
-    return _empty_like(x), x.new_empty((3, x.shape[1]), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-
-
-def _backward_fake(
-    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, stats: Tensor, training: bool, eps: float, relu: bool, need_dx: bool,
-    need_dweight: bool, need_dbias: bool,
-) -> Optionals:  # fmt: skip
-    _check(x, {"weight": weight, "bias": bias})
-    torch._check(dy.shape == x.shape, lambda: f"dy has shape {tuple(dy.shape)}, needs {tuple(x.shape)} like x")
-    dweight, dbias = ((x if t is None else t).new_empty(x.shape[1]) if need else None for t, need in ((weight, need_dweight), (bias, need_dbias)))
-    return _empty_like(x) if need_dx else None, dweight, dbias
-
-
-# stats [3, C] holds mean, variance, and what rounding the mean left out, in the dtype of the sums: all that the backward needs, whatever
-# becomes of the running ones.
-_train = define(
-    "batch_norm_train(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum, float eps, "
-    "bool relu) -> (Tensor y, Tensor stats)",
-    lambda x, weight, bias, mean, var, momentum, eps, relu: _forward_fake(x, weight, bias, mean, var),
-)
-_eval = define(
-    "batch_norm_eval(Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps, bool relu) -> (Tensor y, Tensor stats)",
-    lambda x, weight, bias, mean, var, eps, relu: _forward_fake(x, weight, bias, mean, var),
-)
-_backward = define(
-    "batch_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor stats, bool training, float eps, bool relu, bool need_dx, "
-    "bool need_dweight, bool need_dbias) -> (Tensor dx, Tensor dweight, Tensor dbias)",
-    _backward_fake,
-)
 
 
 Options = tuple[bool, float, float, bool]  # training, momentum, eps, relu
@@ -86,8 +38,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     training, momentum, eps, relu = options
     if training:
-        return _train(x, weight, bias, mean, var, momentum, eps, relu)
-    return _eval(x, weight, bias, mean, var, eps, relu)
+        return raw.train(x, weight, bias, mean, var, momentum, eps, relu)
+    return raw.evaluate(x, weight, bias, mean, var, eps, relu)
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -111,7 +63,7 @@ class _BatchNorm(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True: differentiate the definition, so that second derivatives exist
             return *_reference_backward(dy, x, weight, bias, stats, ctx.options, needs), None, None, None
         training, _, eps, relu = ctx.options
-        return *_backward(dy, x, weight, bias, stats, training, eps, relu, *needs), None, None, None
+        return *raw.backward(dy, x, weight, bias, stats, training, eps, relu, *needs), None, None, None
 
 
 def _reference_backward(
@@ -161,18 +113,11 @@ def _unsupported(
             return f"training needs more than one number per channel and eps > 0, got input {tuple(shape)} and eps {eps}"
         if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
             return "running statistics are updated inside a torch.func transform"
-    return _unusable_statistics(mean, var, training, momentum, eps)
-
-
-def _unusable_statistics(mean: Tensor | None, var: Tensor | None, training: bool, momentum: float, eps: float) -> str | None:
-    if mean is None or var is None:
-        if mean is not var or not training:
-            return "running_mean and running_var must both be given, or in training both be None"
-    elif mean.requires_grad or var.requires_grad:
+    if (mean is None) != (var is None) or (mean is None and not training):
+        return "running_mean and running_var must both be given, or in training both be None"
+    if any(t is not None and t.requires_grad for t in (mean, var)):
         return "running statistics have no gradient, but require one"
-    if momentum is None or eps < 0:
-        return f"momentum must be a number and eps not negative, got {momentum} and {eps}"
-    return None
+    return f"momentum must be a number and eps not negative, got {momentum} and {eps}" if momentum is None or eps < 0 else None
 
 
 def _without_kernel(reason: str, *args: Any) -> Tensor:
@@ -191,17 +136,14 @@ def _batch_norm(
 ) -> Tensor:  # fmt: skip
     """The kernel, which checks every argument itself; why it refuses some, and what torch makes of them, is looked for only then."""
     args = (x, mean, var, weight, bias, training, momentum, eps)
-    if _may_run(x, mean, var, weight, bias, training):
+    reason = None if _may_run(x, mean, var, weight, bias, training) else _unsupported(*args)
+    if reason is None:
         try:
             return _run(x, weight, bias, mean, var, (training, momentum, eps, relu))
         except RuntimeError:
             reason = _unsupported(*args)
             if reason is None:
                 raise
-    else:
-        reason = _unsupported(*args)
-    if reason is None:
-        return _run(x, weight, bias, mean, var, (training, momentum, eps, relu))
     return _without_kernel(reason, *args, relu)
 
 
@@ -222,7 +164,7 @@ def _run(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | N
         y: Tensor = apply_function(_BatchNorm, x, weight, bias, mean, var, options)[0]
     else:
         y = _forward(x, weight, bias, mean, var, options)[0]
-    if mean is not None and options[0] and not torch.compiler.is_compiling():
+    if mean is not None and var is not None and options[0] and not torch.compiler.is_compiling():
         increment_version((mean, var))
     return y
 
@@ -257,21 +199,17 @@ def batch_norm_relu(
     return _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps, True)
 
 
-def _definition(
-    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, training: bool, eps: float, relu: bool
-) -> Tensor:
+def _definition(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, training: bool, relu: bool) -> Tensor:
     """The formula at the top of this file. x is moved by one of its numbers first, so that equal numbers have exactly no variance."""
     over = [d for d in range(x.dim()) if d != 1]
-
-    def along(t: Tensor) -> Tensor:
-        return t.view(-1, *(1,) * (x.dim() - 2))
-
     if training and x.numel():
-        x = x - x.detach()[tuple(slice(None) if d == 1 else slice(1) for d in range(x.dim()))]
+        x = x - x.detach()[tuple(slice(None if d == 1 else 1) for d in range(x.dim()))]
         mean, var = x.mean(over), x.var(over, correction=0)
-    y = (x - along(mean)) * along(1 / (var + eps).sqrt())
-    y = y if weight is None else y * along(weight)
-    y = y if bias is None else y + along(bias)
+    scale = (var + 1e-5).rsqrt()
+    along = (-1, *(1,) * (x.dim() - 2))
+    y = (x - mean.view(along)) * scale.view(along)
+    y = y if weight is None else y * weight.view(along)
+    y = y if bias is None else y + bias.view(along)
     return torch.relu(y) if relu else y
 
 
@@ -299,12 +237,10 @@ def _cost(lead: tuple[int, ...], affine: bool = True, channels_last: bool = Fals
     return Cost(2 * total + 4 * again, 6 * total + 3 * again, 2 * total, 3 * total)
 
 
-def _samples(training: bool) -> list[dict[str, Any]]:
-    sizes: list[tuple[int, ...]] = [(4, 3), (5, 1), (0, 3), (7, 17), (5, 6, 9), (2, 3, 16, 5), (3, 67, 2, 2), (67, 65), (3, 5, 33, 31)]
-    extra: list[dict[str, Any]] = [{"lead": (6, 5), "affine": False}, {"lead": (2, 5, 3, 4), "channels_last": True}, {"lead": (2, 3, 2, 2, 3)}]
-    return [{"lead": size, "training": training} for size in sizes] + [{**size, "training": training} for size in extra]
-
-
+SIZES = [(4, 3), (5, 1), (0, 3), (7, 17), (5, 6, 9), (2, 3, 16, 5), (3, 67, 2, 2), (67, 65), (3, 5, 33, 31), (2, 3, 2, 2, 3)]
+SAMPLES: list[dict[str, Any]] = [
+    *({"lead": size} for size in SIZES), {"lead": (6, 5), "affine": False}, {"lead": (2, 5, 3, 4), "channels_last": True}
+]  # fmt: skip
 BENCH: list[dict[str, Any]] = [
     {"lead": (64, 256)}, {"lead": (32, 64, 56, 56)}, {"lead": (32, 64, 56, 56), "channels_last": True}
 ]  # fmt: skip
@@ -315,7 +251,7 @@ def _register(name: str, function: Callable[..., Tensor], relu: bool, training: 
         return function(x, *_running(x, weight, bias, training), weight, bias, training)
 
     def reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, training: bool) -> Tensor:
-        return _definition(x, *_running(x, weight, bias, training), weight, bias, training, 1e-5, relu)
+        return _definition(x, *_running(x, weight, bias, training), weight, bias, training, relu)
 
     def native(x: Tensor, weight: Tensor | None, bias: Tensor | None, training: bool) -> Tensor:
         return _reference(x, *_running(x, weight, bias, training), weight, bias, training, 0.1, 1e-5, relu)
@@ -328,7 +264,7 @@ def _register(name: str, function: Callable[..., Tensor], relu: bool, training: 
             reference=reference,
             native=native,
             make=_make,
-            samples=_samples(training),
+            samples=[{**size, "training": training} for size in SAMPLES],
             cost=_cost,
             raw=("batch_norm_train" if training else "batch_norm_eval", "batch_norm_backward"),
             supports=lambda x, weight, bias, training: _unsupported(x, *_running(x, weight, bias, training), weight, bias, training),
