@@ -56,11 +56,9 @@ template <class C, int U_> struct Rows {
     int64_t N;
     int64_t numbers() const { return U * N; }                             // that the tile covers: how far the next tile is away
     int64_t place(int64_t row, int64_t n) const { return row * N + n; }   // where class n of the tile's row lies
-    template <class F> void each(const F& f) const {                      // f(place, n, u, lanes) for every vector
-        each_vector<C>(N, [&](int64_t n, auto lanes) {
+    template <class F> void each(const F& f) const {                      // f(place, n, u, lanes) for every vector, in memory's order
 #pragma GCC unroll 4
-            for (int u = 0; u < U; u++) f(u * N + n, n, u, lanes);
-        });
+        for (int u = 0; u < U; u++) each_vector<C>(N, [&](int64_t n, auto lanes) { f(u * N + n, n, u, lanes); });
     }
     static V largest(V v) { return set(::largest(v)); }  // of a row
     static V sum(V v) { return set(::sum(v)); }
