@@ -73,7 +73,8 @@ def batch_norm_moments(x, partial, N, C, S, sn, sc, ss, TILES, SHARE, BN: tl.con
     ACC: tl.constexpr = partial.dtype.element_ty
     share = tl.program_id(1)
     c = tl.program_id(0).to(tl.int64) * BC + tl.arange(0, BC)
-    count, mean, rest, m2 = tl.zeros((BC,), ACC), tl.zeros((BC,), ACC), tl.zeros((BC,), ACC), tl.zeros((BC,), ACC)
+    count, rest, m2 = tl.zeros((BC,), ACC), tl.zeros((BC,), ACC), tl.zeros((BC,), ACC)
+    mean = tl.load(x + c * sc, c < C, other=0.0).to(ACC)  # any number of the channel, so that a large mean does not swallow a first step
     for tile in range(share * SHARE, tl.minimum((share + 1) * SHARE, TILES)):
         at, inside, _ = place(tile, N, C, S, sn, sc, ss, BN, BS, BC)
         v = tl.load(x + at, inside, other=0.0).to(ACC)
@@ -97,8 +98,9 @@ def batch_norm_statistics(
     ACC: tl.constexpr = stats.dtype.element_ty
     c = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = c < C
-    count, mean, rest, m2 = tl.zeros((BLOCK,), ACC), tl.zeros((BLOCK,), ACC), tl.zeros((BLOCK,), ACC), tl.zeros((BLOCK,), ACC)
-    for share in range(SHARES):
+    count, mean = tl.load(partial + c, inside, other=1.0), tl.load(partial + C + c, inside, other=0.0)
+    rest, m2 = tl.load(partial + 2 * C + c, inside, other=0.0), tl.load(partial + 3 * C + c, inside, other=0.0)
+    for share in range(1, SHARES):
         row = partial + tl.full((), share, tl.int64) * 4 * C
         k, mean_k = tl.load(row + c, inside, other=1.0), tl.load(row + C + c, inside, other=0.0)
         rest_k, m2_k = tl.load(row + 2 * C + c, inside, other=0.0), tl.load(row + 3 * C + c, inside, other=0.0)
