@@ -15,7 +15,8 @@ def forward(
     """Shapes and errors as the op's contract says."""
     check_rows(x, weight, bias)
     check_tensor("residual", residual, x, tuple(x.shape))
-    _check_dropout(x, seed, p)
+    if seed is not None:
+        check_seed(seed, x)
     return run_forward(x, residual, seed, weight, bias, p, eps, True)
 
 
@@ -29,16 +30,10 @@ def backward(
         if t is not None:
             check_tensor(name, t, sum, tuple(sum.shape))
     check_statistics(sum, mean, rstd)
-    _check_dropout(sum, seed, p)
+    if seed is not None:
+        check_seed(seed, sum)
     need_dx = need_dx and seed is not None  # without dropout it is dresidual
     return run_backward(dy, dsum, sum, seed, weight, mean, rstd, p, need_dx, need_dresidual, need_dweight, need_dbias)
-
-
-def _check_dropout(x: Tensor, seed: Tensor | None, p: float) -> None:
-    if seed is not None:
-        check_seed(seed, x)
-        if not 0 <= p <= 1:
-            raise RuntimeError(f"p is {p}, needs a probability between 0 and 1")
 
 
 def _rows(empty):

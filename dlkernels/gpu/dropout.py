@@ -33,30 +33,28 @@ def dropout_map(x, y, seed, N, threshold, scale_bits, COUNTERS: tl.constexpr):
 
 
 def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
-    _check(x, seed, p)
+    _check(x, seed)
     y = x.new_empty(x.shape)
     _run(x.contiguous(), y, seed, p)
     return y
 
 
 def dropout_(x: Tensor, seed: Tensor, p: float) -> None:
-    _check(x, seed, p)
+    _check(x, seed)
     if not x.is_contiguous():
         raise RuntimeError("x must be contiguous to be changed in place")
     _run(x, x, seed, p)
 
 
-def _check(x: Tensor, seed: Tensor, p: float) -> None:
+def _check(x: Tensor, seed: Tensor) -> None:
     check_tensor("x", x, x, tuple(x.shape))
     check_seed(seed, x)
-    if not 0 <= p <= 1:
-        raise RuntimeError(f"p is {p}, needs a probability between 0 and 1")
 
 
 def _run(x: Tensor, y: Tensor, seed: Tensor, p: float) -> None:
-    N = x.numel()
+    N, thresholds = x.numel(), philox.thresholds(p)
     if N:
-        launch(dropout_map, (triton.cdiv(N, 4 * COUNTERS),), x, y, seed, N, *philox.thresholds(p), COUNTERS=COUNTERS)
+        launch(dropout_map, (triton.cdiv(N, 4 * COUNTERS),), x, y, seed, N, *thresholds, COUNTERS=COUNTERS)
 
 
 def _example(empty):

@@ -49,6 +49,8 @@ def as_float64(bits):
 
 
 def thresholds(p: float) -> tuple[int, int]:
-    """``threshold`` of ``factor``, and ``scale`` as the bits of a float64, for dropout with probability p."""
+    """``threshold`` of ``factor``, and ``scale`` as the bits of a float64, for dropout with probability p; RuntimeError if it is none."""
+    if not 0 <= p <= 1:
+        raise RuntimeError(f"p is {p}, needs a probability between 0 and 1")
     scale = 1 / (1 - p) if p < 1 else 0.0
     return min(int(p * 2**32), 2**32 - 1), struct.unpack("<q", struct.pack("<d", scale))[0]
