@@ -32,7 +32,9 @@ template <class C> struct Parameters {
 template <class C> struct Statistics {
     C *mean, *var, *rest;
     Statistics(void* stats, int64_t channels) : mean(static_cast<C*>(stats)), var(mean + channels), rest(var + channels) {}
-    double rstd(int64_t c, double eps) const { return 1 / std::sqrt(double(var[c]) + eps); }
+    void rstd(int64_t c, int n, double eps, double* to) const {
+        for (int i = 0; i < n; i++) to[i] = 1 / std::sqrt(double(var[c + i]) + eps);
+    }
 };
 
 template <class V> inline V relu(V z) { return z < 0 ? V{} : z; }  // NaN passes
@@ -91,18 +93,15 @@ void normalise(const K& k, const Parameters<typename K::C>& p, const T* x, T* y,
 }
 
 // The part of a number that the rest of the mean accounts for: nothing where there are infinities, which it could only turn into NaN.
-inline double finite(double correction) { return std::isfinite(correction) ? correction : 0; }
+inline double finite(double correction) { return correction - correction == 0 ? correction : 0; }
 
 // Mean, scale and bias of the `n` channels from c on, from their statistics.
 template <class K>
 void set(const Parameters<typename K::C>& p, int64_t c, int n, const Arguments& args, const Statistics<typename K::C>& stats) {
-    double weight[K::GROUP], bias[K::GROUP];
-    args.weight.read(c, n, weight, 1), args.bias.read(c, n, bias, 0);
-    for (int i = 0; i < n; i++, c++) {
-        p.mean[c] = stats.mean[c];
-        p.scale[c] = weight[i] * stats.rstd(c, args.eps);
-        p.bias[c] = bias[i] - finite(double(stats.rest[c]) * p.scale[c]);
-    }
+    double weight[K::GROUP], bias[K::GROUP], rstd[K::GROUP];
+    args.weight.read(c, n, weight, 1), args.bias.read(c, n, bias, 0), stats.rstd(c, n, args.eps, rstd);
+    for (int i = 0; i < n; i++) weight[i] *= rstd[i], bias[i] -= finite(stats.rest[c + i] * weight[i]);
+    std::copy_n(stats.mean + c, n, p.mean + c), std::copy_n(weight, n, p.scale + c), std::copy_n(bias, n, p.bias + c);
 }
 
 template <bool RELU, class K, class T>
@@ -194,13 +193,14 @@ void backward(const K& k, const Arguments& args, bool training, const T* dy, con
     auto middle = [&](int64_t g) {
         int64_t at = g * K::GROUP;
         int n = sums ? k.size_of_group(g) : 0;
-        double plain[K::GROUP] = {}, weighted[K::GROUP] = {};
+        double plain[K::GROUP] = {}, weighted[K::GROUP] = {}, rstd[K::GROUP];
+        stats.rstd(at, n, args.eps, rstd);
         for (int64_t b = 0; sums && b < k.blocks(); b++)
             for (int c = 0; c < K::GROUP; c++) plain[c] += block(g, b)[c], weighted[c] += block(g, b)[K::GROUP + c];
         for (int c = 0; c < n; c++) {
-            double rstd = stats.rstd(at + c, args.eps), rest = stats.rest[at + c];
-            weighted[c] = (weighted[c] - finite(rest * plain[c])) * rstd;
-            double b = weighted[c] * rstd / k.count();
+            double rest = stats.rest[at + c];
+            weighted[c] = (weighted[c] - finite(rest * plain[c])) * rstd[c];
+            double b = weighted[c] * rstd[c] / k.count();
             p.b[at + c] = b;
             p.a[at + c] = plain[c] / k.count() - finite(rest * b) + 0 * p.scale[at + c];  // no mean of dz scale where that is infinite
         }

@@ -159,15 +159,28 @@ struct PerChannel {
     void read(int64_t c, int n, double* to, double absent) const {
         if (!p) return void(std::fill_n(to, n, absent));
         at(c, [=, this](auto* q) {
-            for (int i = 0; i < n; i++) to[i] = load(q + i * stride, 1)[0];
+            each_vector(q, n, [=](auto* lanes, auto* p, int i, int m) {
+                store(lanes, load(p, m));
+                for (int j = 0; j < m; j++) to[i + j] = lanes[j];
+            });
         });
     }
     void write(int64_t c, int n, const double* from) const {
         if (!p) return;
         at(c, [=, this](auto* q) {
-            using V = decltype(load(q));
-            for (int i = 0; i < n; i++) store(q + i * stride, V{} + decltype(V{}[0])(from[i]), 1);
+            each_vector(q, n, [=](auto* lanes, auto* p, int i, int m) {
+                for (int j = 0; j < m; j++) lanes[j] = from[i + j];
+                store(p, load(lanes), m);
+            });
         });
+    }
+
+  private:
+    // f(lanes, p, i, m) for numbers [i, i + m), which lie from p on; lanes is room for a vector. One by one where they lie apart.
+    template <class T, class F> void each_vector(T* q, int n, const F& f) const {
+        using C = compute_t<T>;
+        C lanes[VL<C>] = {};
+        for (int i = 0, step = stride == 1 ? VL<C> : 1; i < n; i += step) f(lanes, q + i * stride, i, std::min(step, n - i));
     }
 };
 
