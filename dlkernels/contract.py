@@ -60,6 +60,11 @@ def in_float32(*tensors: Tensor | None) -> Optionals:
     return tuple(t.float() if t is not None and t.is_floating_point() and t.dtype.itemsize < 4 else t for t in tensors)
 
 
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    """What sums over numbers of ``x`` are kept in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether a call with these arguments must be recorded for backward."""
     if torch.is_grad_enabled():

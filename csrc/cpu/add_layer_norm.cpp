@@ -47,7 +47,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_forward(Tensor x, Tens
     checked(FORWARD, "residual", residual, x.scalar_type(), {M, N});
     check_parameters(FORWARD, x, weight, bias);
     const std::optional<Dropout> dropout = checked_dropout(FORWARD, seed, p);
-    Tensor y = empty(x, {M, N}), s = empty(x, {M, N}), mean = empty_sums(x, {2, M}), rstd = empty_sums(x, {M});
+    Tensor y = empty(x, {M, N}), s = empty(x, {M, N}), mean = empty(statistics_type(x), {2, M}), rstd = empty(statistics_type(x), {M});
     Tensor xs = dense(x), residuals = dense(residual), ws = weight ? dense(*weight) : x, bs = bias ? dense(*bias) : x;
     with_types(FORWARD, x, weight ? weight : bias, [&](auto type, auto parameter) {
         using T = decltype(type);
@@ -74,8 +74,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(Tensor dy, st
     checked(BACKWARD, "dy", dy, s.scalar_type(), {M, N});
     if (dsum) checked(BACKWARD, "dsum", *dsum, s.scalar_type(), {M, N});
     check_parameters(BACKWARD, s, weight, std::nullopt);
-    checked(BACKWARD, "mean", mean, sums_dtype(s), {2, M});
-    checked(BACKWARD, "rstd", rstd, sums_dtype(s), {M});
+    checked(BACKWARD, "mean", mean, statistics_type(s), {2, M});
+    checked(BACKWARD, "rstd", rstd, statistics_type(s), {M});
     const std::optional<Dropout> dropout = checked_dropout(BACKWARD, seed, p);
     Tensor dx = need_dx && dropout ? empty(s, {M, N}) : Tensor(), dresidual = need_dresidual ? empty(s, {M, N}) : Tensor();
     Tensor dweight = need_dweight ? empty(weight ? *weight : s, {N}) : Tensor(), dbias = need_dbias ? empty(weight ? *weight : s, {N}) : Tensor();

@@ -224,7 +224,6 @@ template <class F> void with_channels(const char* op, const Tensor& x, const For
     });
 }
 
-ScalarType statistics_type(const Tensor& x) { return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
 // x as every op takes it; its format.
 Format checked_input(const char* op, const Tensor& x) {
     Format format = format_of(op, x);

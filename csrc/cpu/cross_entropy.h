@@ -124,10 +124,6 @@ void tile_gradients(const Tile& tile, const Target<T>& target, const X* x, T* dx
 
 enum Reduction { NO_REDUCTION, MEAN, SUM, REDUCTIONS };
 
-inline ScalarType statistics_type(const Tensor& x) {
-    return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 // Every label a class, or ignored. `labels` is contiguous.
 inline void check_labels(const char* op, const Tensor& labels, int64_t N, int64_t ignored) {
     auto label = static_cast<const int64_t*>(labels.data_ptr());

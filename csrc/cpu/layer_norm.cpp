@@ -12,7 +12,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(Tensor x, std::optional<Te
     int64_t M = ranked(FORWARD, "x", x, 2).size(0), N = x.size(1);
     checked(FORWARD, "x", x, x.scalar_type(), {M, N});
     check_parameters(FORWARD, x, weight, bias);
-    Tensor y = empty(x, {M, N}), mean = centred ? empty_sums(x, {2, M}) : Tensor(), rstd = empty_sums(x, {M});
+    Tensor y = empty(x, {M, N}), mean = centred ? empty(statistics_type(x), {2, M}) : Tensor(), rstd = empty(statistics_type(x), {M});
     Tensor xs = dense(x), ws = weight ? dense(*weight) : x, bs = bias ? dense(*bias) : x;
     with_types(FORWARD, x, weight ? weight : bias, [&](auto type, auto parameter) {
         using T = decltype(type);
@@ -31,8 +31,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor dy, Tensor x, std:
     checked(BACKWARD, "x", x, x.scalar_type(), {M, N});
     checked(BACKWARD, "dy", dy, x.scalar_type(), {M, N});
     check_parameters(BACKWARD, x, weight, std::nullopt);
-    if (mean) checked(BACKWARD, "mean", *mean, sums_dtype(x), {2, M});
-    checked(BACKWARD, "rstd", rstd, sums_dtype(x), {M});
+    if (mean) checked(BACKWARD, "mean", *mean, statistics_type(x), {2, M});
+    checked(BACKWARD, "rstd", rstd, statistics_type(x), {M});
     Tensor dx = need_dx ? empty(x, {M, N}) : Tensor(), dweight = need_dweight ? empty(weight ? *weight : x, {N}) : Tensor();
     Tensor dbias = need_dbias ? empty(weight ? *weight : x, {N}) : Tensor();
     Tensor dys = dense(dy), xs = dense(x), ws = weight ? dense(*weight) : x, means = mean ? dense(*mean) : x, rstds = dense(rstd);

@@ -6,11 +6,6 @@ template <class T> T* data(const Tensor& t) { return static_cast<T*>(t.data_ptr(
 
 inline bool is_half(const Tensor& t) { return t.element_size() == 2; }
 
-// Statistics are kept in the type that arithmetic is done in.
-inline ScalarType sums_dtype(const Tensor& x) { return is_half(x) ? ScalarType::Float : x.scalar_type(); }
-
-inline Tensor empty_sums(const Tensor& x, std::initializer_list<int64_t> shape) { return empty(sums_dtype(x), shape); }
-
 // weight and bias are [N] of one dtype: that of x, or float32 beside a half type.
 inline void check_parameters(const char* op, const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias) {
     const std::optional<Tensor>& one = weight ? weight : bias;

@@ -118,6 +118,9 @@ template <class Body> void parallel(int64_t n, const Body& body, bool serial = f
 }
 inline int64_t threads() { return torch::stable::get_num_threads(); }
 
+// What sums over numbers of x are kept in.
+inline ScalarType statistics_type(const Tensor& x) { return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+
 // Call f with a value of the C++ type that `dtype` names.
 template <class F> auto with_type(const char* op, ScalarType dtype, const F& f) {
     switch (dtype) {

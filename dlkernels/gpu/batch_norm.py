@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..contract import statistics_dtype
 from .channels import View, place, view_of
 from .config import ceil_div
 from .launch import check_tensor, launch
@@ -200,10 +201,6 @@ def _check_channels(x: Tensor, **tensors: Tensor | None) -> None:
         check_tensor(name, t, x.new_empty(0, dtype=torch.float32) if in_float else x, (x.shape[1],))
 
 
-def _accumulator(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _dense(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
@@ -226,7 +223,7 @@ def train(
     if (running_mean is None) != (running_var is None):
         raise RuntimeError("running_mean and running_var must both be tensors or both be None")
     x = x.contiguous(memory_format=form)
-    y, stats = torch.empty_like(x), x.new_empty((3, view.C), dtype=_accumulator(x))
+    y, stats = torch.empty_like(x), x.new_empty((3, view.C), dtype=statistics_dtype(x))
     if view.C:
         shares, share = view.shares(x)
         partial = stats.new_empty(shares, 4, view.C)
@@ -249,7 +246,7 @@ def evaluate(
     if x.numel() == 0 or eps < 0:
         raise RuntimeError(f"needs at least one number and eps >= 0, got x of shape {tuple(x.shape)} and eps {eps}")
     x = x.contiguous(memory_format=form)
-    y, stats = torch.empty_like(x), torch.stack([mean, var, torch.zeros_like(mean)]).to(_accumulator(x))
+    y, stats = torch.empty_like(x), torch.stack([mean, var, torch.zeros_like(mean)]).to(statistics_dtype(x))
     _normalise(x, y, view, stats, weight, bias, eps, relu)
     return y, stats
 
@@ -262,7 +259,7 @@ def backward(
     view, form = view_of(x)
     _check_channels(x, weight=weight, bias=bias)
     check_tensor("dy", dy, x, tuple(x.shape))
-    check_tensor("stats", stats, stats if stats.dtype == _accumulator(x) and stats.device == x.device else x, (3, x.shape[1]))
+    check_tensor("stats", stats, stats if stats.dtype == statistics_dtype(x) and stats.device == x.device else x, (3, x.shape[1]))
     dy, x, stats = dy.contiguous(memory_format=form), x.contiguous(memory_format=form), stats.contiguous()
     weight, bias = _dense(weight), _dense(bias)
     dweight = (x if weight is None else weight).new_empty(view.C) if need_dweight else None

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..contract import statistics_dtype
 from .launch import check_tensor, launch
 from .softmax import BLOCK, Cut, classes, cut, normaliser, places
 
@@ -178,10 +179,6 @@ def check_labels(name: str, t: Tensor, like: Tensor, shape: tuple[int, ...]) -> 
         raise RuntimeError(f"{name} must have shape {shape}, got {tuple(t.shape)}")
 
 
-def accumulator(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def blocks(M: int, N: int, D: int) -> Cut:
     """As softmax cuts it, with a long row in blocks: the logits need not stay."""
     return cut(M, N, D, longest=BLOCK)
@@ -193,7 +190,7 @@ def forward(
     """Launcher of ``cross_entropy_forward`` and ``reduce``; shapes and errors as the op's contract says."""
     M, N, D = check(x, target, weight, reduction)
     R, c, shape = M * D, blocks(M, N, D), rows_of(x)
-    kept = x.new_empty(2 * R + 1, dtype=accumulator(x))
+    kept = x.new_empty(2 * R + 1, dtype=statistics_dtype(x))
     losses, masses = kept.new_empty(R), kept.new_empty(R)
     if R:
         run_forward(c, x.contiguous(), target.contiguous(), None if weight is None else weight.contiguous(), losses, masses, kept, N,
@@ -243,7 +240,7 @@ def backward(
     M, N, D = check(x, target, weight, reduction)
     R, c = M * D, blocks(M, N, D)
     check_tensor("dy", dy, x, () if reduction else rows_of(x))
-    check_tensor("kept", kept, kept.new_empty(0, dtype=accumulator(x), device=x.device), (2 * R + 1,))
+    check_tensor("kept", kept, kept.new_empty(0, dtype=statistics_dtype(x), device=x.device), (2 * R + 1,))
     if need_dtarget and target.dtype == torch.int64:
         raise RuntimeError("labels have no gradient")
     dx, dtarget = x.new_empty(x.shape) if need_dx else None, x.new_empty(x.shape) if need_dtarget else None

@@ -15,11 +15,11 @@ Three products, one tile (matmul.py). Each is cut over its own result, and sums 
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..contract import statistics_dtype
 from .activations import COSTLY, DERIVATIVES, EPILOGUES, LEAKY_RELU, identity, identity_backward
 from .config import Config, ceil_div, choose, kind_of
 from .launch import check_tensor, device_of, launch, precision
@@ -241,7 +241,7 @@ def run_activation(dy: Tensor, saved: Tensor | None, dz: Tensor | None, dbias: T
     shares = max(1, ceil_div(M, share))
     sums = dbias
     if dbias is not None and shares > 1:
-        sums = dbias.new_empty((shares, N), dtype=_accumulator(dbias))
+        sums = dbias.new_empty((shares, N), dtype=statistics_dtype(dbias))
     launch(
         activation_backward, (ceil_div(N, BN), shares), dy, saved, dz, sums, M, N, *dy.stride(), share,
         slope=slope if activation == LEAKY_RELU else 0.0, DERIVATIVE=DERIVATIVES[activation], BM=BM, BN=BN,
@@ -266,16 +266,12 @@ def _grid(c: Config, rows: int, cols: int) -> tuple[int, int]:
     return ceil_div(rows, c.rows) * ceil_div(cols, c.cols), c.split
 
 
-def _accumulator(t: Tensor) -> torch.dtype:
-    return torch.float64 if t.dtype == torch.float64 else torch.float32
-
-
 def _shares(c: Config, result: Tensor, depth: int) -> tuple[Tensor, int]:
     """Where the programs write (``result``, or a workspace of ``split`` partial results) and how much of ``depth`` each sums."""
     share = ceil_div(ceil_div(depth, c.split), c.depth) * c.depth
     if c.split == 1:
         return result, share
-    return result.new_empty((c.split, *result.shape), dtype=_accumulator(result)), share
+    return result.new_empty((c.split, *result.shape), dtype=statistics_dtype(result)), share
 
 
 def _combine(partial: Tensor, bias: Tensor | None, y: Tensor, z: Tensor | None, N: int, slope: float = 0.0, epilogue=identity) -> None:

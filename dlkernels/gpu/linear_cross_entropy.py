@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..contract import statistics_dtype
 from .config import choose, kind_of
-from .cross_entropy import REDUCE, accumulator, blocks, check_labels, label_of, reduce, run_backward, run_forward, sum_of
+from .cross_entropy import REDUCE, blocks, check_labels, label_of, reduce, run_backward, run_forward, sum_of
 from .launch import check_tensor, device_of, launch, precision
 from .linear import run_activation, run_dweight, run_dx
 from .linear import run_forward as linear_forward
@@ -63,7 +64,7 @@ def forward(
     M, K, N = _check(x, weight, bias, target, class_weight, dy, reduction)
     if (need_dx or need_dweight or need_dbias) and reduction == 0 and dy is None:
         raise RuntimeError("dy is None, needs the gradient of every loss")
-    wide = accumulator(x)
+    wide = statistics_dtype(x)
     dx = x.new_empty(M, K, dtype=wide) if need_dx else None
     dweight = x.new_zeros(N, K, dtype=wide) if need_dweight else None
     dbias = x.new_zeros(N, dtype=wide) if need_dbias else None
@@ -121,7 +122,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Launcher of ``scale``: the forward's gradients times dy, in the dtype of ``x``."""
     check_tensor("x", x, x, tuple(x.shape))
-    like = x.new_empty(0, dtype=accumulator(x))
+    like = x.new_empty(0, dtype=statistics_dtype(x))
     if dy is not None:
         check_tensor("dy", dy, like, ())
 
@@ -153,7 +154,7 @@ def _check(
             check_tensor(name, t, x, (N,))
     check_labels("target", target, x, (M,))
     if dy is not None:
-        check_tensor("dy", dy, x.new_empty(0, dtype=accumulator(x)), (M,))
+        check_tensor("dy", dy, x.new_empty(0, dtype=statistics_dtype(x)), (M,))
     return M, K, N
 
 

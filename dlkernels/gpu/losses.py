@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..contract import statistics_dtype
 from .launch import check_tensor, launch
 
 BLOCK = 512  # more would spill the registers of a cross-entropy in float64
@@ -224,7 +225,7 @@ def forward(
     x, target, weight, pos_weight = _checked(x, target, weight, pos_weight, loss, parameter, reduction)
     N, shares = x.numel(), triton.cdiv(x.numel(), SHARE)
     y = x.new_empty(x.shape if reduction == NONE else ())
-    sums = x.new_empty(shares, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    sums = x.new_empty(shares, dtype=statistics_dtype(x))
     outside = x.new_empty(shares, dtype=torch.int32) if loss == BCE else None
     if N:
         launch(

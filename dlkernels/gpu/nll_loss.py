@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .cross_entropy import REDUCE, accumulator, check, label_of, reduce, rows_of
+from ..contract import statistics_dtype
+from .cross_entropy import REDUCE, check, label_of, reduce, rows_of
 from .launch import check_tensor, launch
 from .softmax import BLOCK, cut, places
 
@@ -47,7 +48,7 @@ def forward(x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ig
     """Launcher of ``nll_loss_forward`` and ``reduce``; shapes and errors as the op's contract says."""
     M, N, D = _check(x, target, weight, reduction)
     R = M * D
-    divisor, loss = x.new_empty(1, dtype=accumulator(x)), x.new_empty(())
+    divisor, loss = x.new_empty(1, dtype=statistics_dtype(x)), x.new_empty(())
     losses, masses = divisor.new_empty(R), divisor.new_empty(R)
     if R:
         launch(
@@ -64,7 +65,7 @@ def backward(
     """Launcher of ``nll_loss_backward``; shapes and errors as the op's contract says."""
     M, N, D = _check(x, target, weight, reduction)
     check_tensor("dy", dy, x, () if reduction else rows_of(x))
-    check_tensor("divisor", divisor, x.new_empty(0, dtype=accumulator(x)), (1,))
+    check_tensor("divisor", divisor, x.new_empty(0, dtype=statistics_dtype(x)), (1,))
     dx = x.new_empty(x.shape)
     if dx.numel():
         c = cut(M, N, D, longest=BLOCK)

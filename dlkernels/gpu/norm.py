@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..contract import statistics_dtype
 from . import philox
 from .launch import check_tensor, device_of, launch
 from .philox import as_float64, factor, words
@@ -148,22 +149,18 @@ def tile(x: Tensor, bytes_of_thread: int) -> tuple[int, int, int]:
     N = x.shape[1]
     BN = max(64, triton.next_power_of_2(N))  # dropout's numbers come 64 at a time
     BM = max(1, TILE // BN)
-    return BM, BN, min(32, max(4, sums_dtype(x).itemsize * BM * BN // (32 * bytes_of_thread)))
+    return BM, BN, min(32, max(4, statistics_dtype(x).itemsize * BM * BN // (32 * bytes_of_thread)))
 
 
 def is_long(x: Tensor, kind: int) -> bool:
-    return x.shape[1] > IN_REGISTERS[sums_dtype(x)][kind]
-
-
-def sums_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.shape[1] > IN_REGISTERS[statistics_dtype(x)][kind]
 
 
 def run_forward(
     x: Tensor, residual: Tensor | None, seed: Tensor | None, weight: Tensor | None, bias: Tensor | None, p: float, eps: float, centred: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """y, the sum where there is a residual, mean where rows are centred, rstd."""
-    (M, N), sums = x.shape, sums_dtype(x)
+    (M, N), sums = x.shape, statistics_dtype(x)
     y, s = x.new_empty(M, N), None if residual is None else x.new_empty(M, N)
     mean, rstd = x.new_empty((2, M), dtype=sums) if centred else None, x.new_empty(M, dtype=sums)
     x, residual, weight, bias = contiguous(x, residual, weight, bias)  # type: ignore[assignment]
@@ -208,7 +205,7 @@ def run_backward(
 
 
 def workspaces(P: int, N: int, x: Tensor, *results: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else x.new_empty((P, N), dtype=sums_dtype(x)) for t in results]
+    return [None if t is None else x.new_empty((P, N), dtype=statistics_dtype(x)) for t in results]
 
 
 def add_columns(partial: list[Tensor | None], dweight: Tensor | None, dbias: Tensor | None) -> None:
@@ -237,7 +234,7 @@ def check_rows(x: Tensor, weight: Tensor | None, bias: Tensor | None, name: str 
 
 def check_statistics(x: Tensor, mean: Tensor | None, rstd: Tensor) -> None:
     """Require mean [2, M] or None, and rstd [M], in the dtype of sums over x."""
-    like = torch.empty(0, dtype=sums_dtype(x), device=x.device)
+    like = torch.empty(0, dtype=statistics_dtype(x), device=x.device)
     if mean is not None:
         check_tensor("mean", mean, like, (2, x.shape[0]))
     check_tensor("rstd", rstd, like, (x.shape[0],))

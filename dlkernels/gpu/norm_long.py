@@ -18,9 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..contract import statistics_dtype
 from . import philox
 from .launch import device_of, launch
-from .norm import PER_SM, add_columns, columns, normalised, sums_dtype, workspaces
+from .norm import PER_SM, add_columns, columns, normalised, workspaces
 from .philox import as_float64, factor, numbers
 
 BN = 2048
@@ -173,7 +174,7 @@ def run_forward_long(
 ) -> None:  # fmt: skip
     """Fill y, rstd, and s and mean where they are not None."""
     (M, N), (S, share, SHARES) = x.shape, shares(x)
-    moments = x.new_empty((M, S, 3), dtype=sums_dtype(x))
+    moments = x.new_empty((M, S, 3), dtype=statistics_dtype(x))
     args: tuple[Any, ...] = (x, residual, seed, s, moments, N, S, share, *philox.thresholds(p))
     launch(long_moments, (M, S), *args, CENTRED=mean is not None, BN=BN, warps=WARPS)
     args = (x if s is None else s, weight, bias, y, mean, rstd, moments, M, N, S, share)
@@ -186,7 +187,7 @@ def run_backward_long(
 ) -> None:  # fmt: skip
     """Fill dx, dresidual, dweight and dbias, those that are not None."""
     (M, N), (S, share, SHARES) = x.shape, shares(x)
-    sums = x.new_empty((M, S, 2), dtype=sums_dtype(x))
+    sums = x.new_empty((M, S, 2), dtype=statistics_dtype(x))
     if dx is not None or dresidual is not None:
         launch(long_sums, (M, S), dy, x, weight, mean, rstd, sums, M, N, S, share, BN=BN, warps=WARPS)
     blocks = triton.cdiv(N, BN)

@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import apply_function, define
-from ..contract import Optionals, autocast_dtype, needs_grad, reference_gradients, require_tensors, unsupported
+from ..contract import Optionals, autocast_dtype, needs_grad, reference_gradients, require_tensors, statistics_dtype, unsupported
 from ..registry import Cost, Op, register
 from .dropout import LOW, draw_seed, dropout, philox
-from .layer_norm import check_rows, layer_norm, make_rows, misfit, statistics_dtype
+from .layer_norm import check_rows, layer_norm, make_rows, misfit
 
 __all__ = ["add_layer_norm", "dropout_add_layer_norm"]
 
@@ -134,7 +134,8 @@ def _unsupported(
     x: Tensor, residual: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, seed: Tensor | None = None, shape: Any = None
 ) -> str | None:
     """Why the sum and its layer_norm are computed one after the other, or None where a kernel does both."""
-    reason = unsupported(("input", x), ("residual", residual), optional=(("weight", weight), ("bias", bias))) or misfit(x, weight, bias, shape)
+    reason = unsupported(("input", x), ("residual", residual), optional=(("weight", weight), ("bias", bias)))
+    reason = reason or misfit(x, weight, bias, shape)
     if reason is None and (x.shape != residual.shape or x.dtype != residual.dtype):
         return f"residual is {residual.dtype} {tuple(residual.shape)}, needs to be like input"
     if reason is None and not x.is_cpu and autocast_dtype(x) is not None:

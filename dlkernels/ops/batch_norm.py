@@ -152,7 +152,8 @@ _PLAIN = frozenset((*PLAIN_TENSORS, type(None)))
 
 def _may_run(x: Tensor, mean: Tensor | None, var: Tensor | None, weight: Tensor | None, bias: Tensor | None, training: bool) -> bool:
     """What the kernel cannot see: subclasses, running statistics that require a gradient, tracing and transforms."""
-    if not (type(x) in PLAIN_TENSORS and x.numel() and type(mean) in _PLAIN and type(var) in _PLAIN and type(weight) in _PLAIN and type(bias) in _PLAIN):
+    optional = type(mean) in _PLAIN and type(var) in _PLAIN and type(weight) in _PLAIN and type(bias) in _PLAIN
+    if not (optional and type(x) in PLAIN_TENSORS and x.numel()):
         return False
     if (mean is not None and mean.requires_grad) or (var is not None and var.requires_grad):
         return False

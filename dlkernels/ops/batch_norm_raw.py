@@ -7,7 +7,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from ..backend import define
-from ..contract import Optionals
+from ..contract import Optionals, statistics_dtype
 
 __all__: list[str] = []
 
@@ -29,7 +29,7 @@ def _check(x: Tensor, channels: dict[str, Tensor | None]) -> None:
 
 def _forward_fake(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, var: Tensor | None) -> tuple[Tensor, Tensor]:
     _check(x, {"weight": weight, "bias": bias, "running_mean": mean, "running_var": var})
-    return _empty_like(x), x.new_empty((3, x.shape[1]), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return _empty_like(x), x.new_empty((3, x.shape[1]), dtype=statistics_dtype(x))
 
 
 def _backward_fake(

@@ -29,7 +29,16 @@ from torch import Tensor
 from torch.nn import _reduction
 
 from ..backend import apply_function, define
-from ..contract import Optionals, autocast_dtype, in_float32, needs_grad, reference_gradients, require_tensors, unsupported
+from ..contract import (
+    Optionals,
+    autocast_dtype,
+    in_float32,
+    needs_grad,
+    reference_gradients,
+    require_tensors,
+    statistics_dtype,
+    unsupported,
+)
 from ..registry import Cost, Op, register
 
 __all__ = ["cross_entropy"]
@@ -58,7 +67,7 @@ def check(x: Tensor, target: Tensor, weight: Tensor | None, dy: Tensor | None = 
 
 
 def statistics(x: Tensor, count: Any) -> Tensor:
-    return x.new_empty((count,), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return x.new_empty((count,), dtype=statistics_dtype(x))
 
 
 def _forward_fake(

@@ -24,15 +24,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import apply_function, define
-from ..contract import Optionals, autocast_dtype, in_float32, needs_grad, reference_gradients, require_tensors, unsupported
+from ..contract import (
+    Optionals,
+    autocast_dtype,
+    in_float32,
+    needs_grad,
+    reference_gradients,
+    require_tensors,
+    statistics_dtype,
+    unsupported,
+)
 from ..registry import Cost, Op, register
 
 __all__ = ["layer_norm", "rms_norm"]
-
-
-def statistics_dtype(x: Tensor) -> torch.dtype:
-    """What sums over a row of ``x`` are kept in."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def check_rows(x: Tensor, weight: Tensor | None, bias: Tensor | None, **others: tuple[Tensor | None, tuple[Any, ...], torch.dtype]) -> None:

@@ -23,15 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import apply_function, define
-from ..contract import Optionals, autocast_dtype, needs_grad, reference_gradients, require_tensors, unsupported
+from ..contract import Optionals, autocast_dtype, needs_grad, reference_gradients, require_tensors, statistics_dtype, unsupported
 from ..registry import Cost, Op, register
 from .cross_entropy import NAMES, code_of, raise_index_error, weights
 
 __all__ = ["linear_cross_entropy"]
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _forward_fake(
@@ -41,7 +37,7 @@ def _forward_fake(
     torch._check(x.dim() == 2 and weight.dim() == 2, lambda: f"x and weight must have 2 dimensions, got {x.dim()} and {weight.dim()}")
     torch._check(weight.shape[1] == x.shape[1], lambda: f"weight has shape {tuple(weight.shape)}, needs (N, {x.shape[1]}) to fit x")
     torch._check(target.shape == x.shape[:1], lambda: f"target has shape {tuple(target.shape)}, needs {tuple(x.shape[:1])}")
-    dtype = _wide(x)
+    dtype = statistics_dtype(x)
     return (
         x.new_empty(() if reduction else x.shape[:1], dtype=dtype),
         x.new_empty(x.shape, dtype=dtype) if need_dx else None,
@@ -106,7 +102,7 @@ def _reference(
     reduction, ignore_index, smoothing = options
     z = F.linear(x, weight, bias)
     loss = F.cross_entropy(z, target, class_weight, reduction=NAMES[reduction], ignore_index=ignore_index, label_smoothing=smoothing)
-    return loss.to(_wide(x))
+    return loss.to(statistics_dtype(x))
 
 
 def _native(
@@ -185,7 +181,7 @@ def linear_cross_entropy(
             raise kind(f"linear_cross_entropy: {reason}; {error}") from error
     dtype, result = autocast_dtype(input), input.dtype
     if dtype is not None:
-        result = _wide(input)
+        result = statistics_dtype(input)
         input, linear_weight = (t if t.dtype == torch.float64 else t.to(dtype) for t in (input, linear_weight))
         linear_bias = linear_bias if linear_bias is None or linear_bias.dtype == torch.float64 else linear_bias.to(dtype)
         weight = None if weight is None else weight.to(input.dtype)
