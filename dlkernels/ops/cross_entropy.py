@@ -29,16 +29,7 @@ from torch import Tensor
 from torch.nn import _reduction
 
 from ..backend import apply_function, define
-from ..contract import (
-    Optionals,
-    autocast_dtype,
-    in_float32,
-    needs_grad,
-    reference_gradients,
-    require_tensors,
-    statistics_dtype,
-    unsupported,
-)
+from ..contract import autocast_dtype, in_float32, needs_grad, reference_gradients, require_tensors, statistics_dtype, unsupported
 from ..registry import Cost, Op, register
 
 __all__ = ["cross_entropy"]
@@ -81,7 +72,7 @@ def _forward_fake(
 def _backward_fake(
     dy: Tensor, x: Tensor, target: Tensor, weight: Tensor | None, kept: Tensor, reduction: int, ignore_index: int, label_smoothing: float,
     need_dx: bool, need_dtarget: bool,
-) -> Optionals:  # fmt: skip
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     check(x, target, weight, dy, reduction)
     return x.new_empty(x.shape) if need_dx else None, x.new_empty(x.shape) if need_dtarget else None
 
