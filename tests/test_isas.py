@@ -24,18 +24,20 @@ def run_marked(**environment: str) -> str:
     """Run the tests marked `isa` in a child process and return its last lines; fail with its output where one fails."""
     files = [str(path) for path in sorted(HERE.glob("test_*.py")) if "mark.isa" in path.read_text()]
     command = ["-m", "pytest", "-q", "-x", "-m", "isa", "-p", "no:cacheprovider", "-c", str(HERE.parent / "pyproject.toml"), *files]
-    child = run_child(command, timeout=280, **environment, **{INSIDE: "1"})
+    child = run_child(command, timeout=1500, **environment, **{INSIDE: "1"})
     assert child.returncode == 0, child.stdout[-6000:] + child.stderr[-2000:]
     return child.stdout[-400:]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("isa", [isa for isa in backend.supported_isas() if isa != backend.isa()] if not SMALL else [])
 def test_isa(isa: str) -> None:
     assert " passed" in run_marked(DLKERNELS_ISA=isa)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_triton_interpreter() -> None:
     pytest.importorskip("triton")
     assert " passed" in run_marked(TRITON_INTERPRET="1", DLKERNELS_BACKEND="triton")

@@ -62,7 +62,7 @@ SIZES = [(1, 700), (37, 100), (67, 1300), (3, 4097), (40, 5003), (3, 50021), (20
 
 @pytest.mark.isa
 @each_norm
-@pytest.mark.parametrize("M, N", [(3, 40009), (40, 9001)] if SMALL else SIZES)
+@pytest.mark.parametrize("M, N", [(2, 20011), (9, 9001)] if SMALL else SIZES)
 @pytest.mark.parametrize("dtype", [torch.float32] if SMALL else [torch.float32, torch.bfloat16], ids=str)
 def test_rows_of_every_length(norm: str, M: int, N: int, dtype: torch.dtype) -> None:
     tensors = arguments(norm, M, N, dtype)
