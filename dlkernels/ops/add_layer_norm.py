@@ -134,7 +134,8 @@ def _unsupported(
     x: Tensor, residual: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, seed: Tensor | None = None, shape: Any = None
 ) -> str | None:
     """Why the sum and its layer_norm are computed one after the other, or None where a kernel does both."""
-    reason = unsupported(("input", x), ("residual", residual), optional=(("weight", weight), ("bias", bias))) or misfit(x, weight, bias, shape)
+    reason = unsupported(("input", x), ("residual", residual), optional=(("weight", weight), ("bias", bias)))
+    reason = reason or misfit(x, weight, bias, shape)
     if reason is None and (x.shape != residual.shape or x.dtype != residual.dtype):
         return f"residual is {residual.dtype} {tuple(residual.shape)}, needs to be like input"
     if reason is None and not x.is_cpu and autocast_dtype(x) is not None:
@@ -225,6 +226,8 @@ QUICK = [BENCH[1], BENCH[3]]
 
 
 def _call(x: Tensor, residual: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    if _unsupported(x, residual, weight, bias) is not None:
+        return _native(x, residual, weight, bias)
     return add_layer_norm(x, residual, x.shape[-1:], weight, bias)
 
 
