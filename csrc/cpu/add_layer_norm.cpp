@@ -78,7 +78,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(Tensor dy, st
     checked(BACKWARD, "rstd", rstd, statistics_type(s), {M});
     const std::optional<Dropout> dropout = checked_dropout(BACKWARD, seed, p);
     Tensor dx = need_dx && dropout ? empty(s, {M, N}) : Tensor(), dresidual = need_dresidual ? empty(s, {M, N}) : Tensor();
-    Tensor dweight = need_dweight ? empty(weight ? *weight : s, {N}) : Tensor(), dbias = need_dbias ? empty(weight ? *weight : s, {N}) : Tensor();
+    Tensor dweight = need_dweight ? empty(weight ? *weight : s, {N}) : Tensor();
+    Tensor dbias = need_dbias ? empty(weight ? *weight : s, {N}) : Tensor();
     Tensor dys = dense(dy), dsums = dsum ? dense(*dsum) : s, ss = dense(s), ws = weight ? dense(*weight) : s;
     Tensor means = dense(mean), rstds = dense(rstd);
     with_types(BACKWARD, s, weight, [&](auto type, auto parameter) {

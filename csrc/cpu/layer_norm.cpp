@@ -40,7 +40,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor dy, Tensor x, std:
         using T = decltype(type);
         using W = decltype(parameter);
         using C = compute_t<T>;
-        NormBackward<T, W> norm{{M, N, data<T>(xs), weight ? data<W>(ws) : nullptr, nullptr, mean ? data<C>(means) : nullptr, data<C>(rstds)},
+        Norm<T, W> rows{M, N, data<T>(xs), weight ? data<W>(ws) : nullptr, nullptr, mean ? data<C>(means) : nullptr, data<C>(rstds)};
+        NormBackward<T, W> norm{rows,
                                 data<T>(dys), nullptr, need_dx ? data<T>(dx) : nullptr, need_dweight ? data<W>(dweight) : nullptr,
                                 need_dbias ? data<W>(dbias) : nullptr};
         norm.run([](int64_t, int64_t, int64_t) {});

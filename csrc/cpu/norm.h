@@ -61,7 +61,7 @@ template <class T, class W> struct Norm {
     int64_t M, N;
     const T* x;
     const W *weight, *bias;  // null: 1 and 0
-    C *mean, *rstd;          // mean [2, M] is high, then low; null: x is not centred, the root of the mean square takes the part of 1 / rstd
+    C *mean, *rstd;          // mean [2, M] is high, then low; null: x is not centred, and 1 / rstd the root of its mean square
     bool centred() const { return mean; }
     Row<C> row(int64_t m) const {
         if (!centred()) return {V{}, V{}, set(rstd[m])};

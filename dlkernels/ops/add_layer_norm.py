@@ -226,6 +226,8 @@ QUICK = [BENCH[1], BENCH[3]]
 
 
 def _call(x: Tensor, residual: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    if _unsupported(x, residual, weight, bias) is not None:
+        return _native(x, residual, weight, bias)
     return add_layer_norm(x, residual, x.shape[-1:], weight, bias)
 
 
