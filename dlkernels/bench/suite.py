@@ -37,7 +37,7 @@ class Mode:
 
 
 QUICK = Mode("quick", budget=32, compile_reserve=12, min_seconds=0.1, min_samples=7, max_seconds=0.7, longest_case=4)
-DEFAULT = Mode("default", budget=170, compile_reserve=40, min_seconds=0.3, min_samples=15, max_seconds=2.0, longest_case=15)
+DEFAULT = Mode("default", budget=360, compile_reserve=40, min_seconds=0.3, min_samples=15, max_seconds=2.0, longest_case=15)
 FULL = Mode("full", budget=float("inf"), compile_reserve=0, min_seconds=0.5, min_samples=21, max_seconds=10.0, longest_case=120)
 MODES = {mode.name: mode for mode in (QUICK, DEFAULT, FULL)}
 
@@ -55,42 +55,47 @@ def plan(ops: Sequence[Op], mode: Mode, dtypes: Sequence[torch.dtype] | None = N
     """The cases in the order of their weight.
 
     Headline ops come before those that share their kernels, quick sizes before the others, and the first of `dtypes` (default: each op's
-    own, float32 first) before the others. `compiled`: race torch.compile everywhere, nowhere, or (None) in full mode everywhere and
-    otherwise at headline sizes, which are then measured once more with it.
+    own, float32 and bfloat16 first) before the others. `compiled`: race torch.compile everywhere, nowhere, or (None) in full mode
+    everywhere and otherwise at headline sizes, which are then measured once more with it.
     """
     heads = headline(ops)
     everywhere = mode.name == "full" if compiled is None else compiled
 
-    def cases(some: Sequence[Op], sizes: str, first: bool) -> list[Case]:
+    def cases(some: Sequence[Op], sizes: str, which: slice) -> list[Case]:
         return [
             Case(op, size, dtype, direction, everywhere)
             for op in some
-            for number, dtype in enumerate(_dtypes(op, dtypes))
-            if (number == 0) == first
+            for dtype in _dtypes(op, dtypes)[which]
             for direction in (FORWARD, TRAINING)
             for size in sorted(getattr(op, sizes), key=lambda size: op.cost(**size).forward_flops)
         ]
 
-    with_compile = [replace(case, compiled=True) for case in cases(heads, "quick", True)] if compiled is None and not everywhere else []
+    first, second, others = slice(1), slice(1, 2), slice(1, None)
+    with_compile = [replace(case, compiled=True) for case in cases(heads, "quick", first)] if compiled is None and not everywhere else []
     if mode.name == "quick":
         with_compile = [case for case in with_compile if case.direction == FORWARD and case.size == case.op.quick[0]]
-        other_dtypes = [case for case in cases(heads, "quick", False) if case.size == case.op.quick[0]]
-        stages = [cases(heads, "quick", True), cases(ops, "quick", True), other_dtypes, with_compile]
+        other_dtypes = [case for case in cases(heads, "quick", others) if case.size == case.op.quick[0]]
+        stages = [cases(heads, "quick", first), cases(ops, "quick", first), other_dtypes, with_compile]
     else:
         stages = [
-            cases(heads, "quick", True),
-            cases(ops, "quick", True),
-            cases(heads, "bench", True),
-            cases(heads, "bench", False),
+            cases(heads, "quick", first),
+            cases(ops, "quick", first),
+            cases(ops, "quick", second),
+            cases(heads, "bench", first),
+            cases(heads, "bench", second),
             with_compile,
-            cases(ops, "bench", True),
-            cases(ops, "bench", False),
+            cases(heads, "bench", others),
+            cases(ops, "bench", first),
+            cases(ops, "bench", others),
         ]
     return _without_repeats([case for stage in stages for case in stage])
 
 
 def _dtypes(op: Op, wanted: Sequence[torch.dtype] | None) -> list[torch.dtype]:
-    return [dtype for dtype in wanted if dtype in op.dtypes] if wanted is not None else list(op.dtypes)
+    """Those of `wanted` that the op takes; by default its own, those that models are trained in first."""
+    if wanted is not None:
+        return [dtype for dtype in wanted if dtype in op.dtypes]
+    return sorted(op.dtypes, key=lambda dtype: dtype not in (torch.float32, torch.bfloat16))
 
 
 def _without_repeats(cases: Sequence[Case]) -> list[Case]:

@@ -78,7 +78,7 @@ def bench(
 
 
 @click.command(short_help="Check, measure, train; one HTML page.")
-@click.option("--quick", is_flag=True, help="Short lists and few epochs: under two minutes instead of six.")
+@click.option("--quick", is_flag=True, help="Short lists and few epochs: under three minutes instead of ten.")
 @click.option("-o", "--out", "--output", "out", type=click.Path(path_type=Path), default=Path("report"), show_default=True,
               help="The folder, or the .html file in it.")  # fmt: skip
 @device_option
