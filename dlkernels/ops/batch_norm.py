@@ -151,12 +151,12 @@ _PLAIN = frozenset((*PLAIN_TENSORS, type(None)))
 
 
 def _may_run(x: Tensor, mean: Tensor | None, var: Tensor | None, weight: Tensor | None, bias: Tensor | None, training: bool) -> bool:
-    """What the kernel cannot see: subclasses, running statistics that require a gradient, tracing and transforms."""
-    if not (type(x) in PLAIN_TENSORS and x.numel() and type(mean) in _PLAIN and type(var) in _PLAIN and type(weight) in _PLAIN and type(bias) in _PLAIN):
+    """What the kernel cannot see: subclasses, running statistics that require a gradient, tracing and transforms; and nothing to do."""
+    if not (type(x) in PLAIN_TENSORS and type(mean) in _PLAIN and type(var) in _PLAIN and type(weight) in _PLAIN and type(bias) in _PLAIN):
         return False
     if (mean is not None and mean.requires_grad) or (var is not None and var.requires_grad):
         return False
-    return not (torch.compiler.is_compiling() or (training and torch._C._are_functorch_transforms_active()))
+    return x.numel() > 0 and not (torch.compiler.is_compiling() or (training and torch._C._are_functorch_transforms_active()))
 
 
 def _run(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, var: Tensor | None, options: Options) -> Tensor:
