@@ -112,7 +112,7 @@ def _call(function: Callable[..., Any], args: tuple[Any, ...], direction: str) -
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         outputs = [y for y in _flat(function(*args)) if is_differentiable(y)]
-        dys = [torch.randn(y.shape, generator=generator).to(y) for y in outputs]
+        dys = [torch.empty_like(y).copy_(torch.randn(y.shape, generator=generator)) for y in outputs]  # laid out like y, as in training
 
     def step() -> tuple[Any, ...]:
         ys = [y for y in _flat(function(*args)) if y.requires_grad]
