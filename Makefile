@@ -21,7 +21,7 @@ report: install  ## check, benchmark and train on this machine, write report/ind
 	$(BIN)/dlkernels report --output $(REPORT) $(ARGS)
 
 test: install  ## run every test, ruff and mypy among them
-	$(BIN)/python -m pytest tests --numprocesses auto $(ARGS)
+	$(BIN)/python -m pytest tests --numprocesses auto --dist worksteal $(ARGS)
 
 bench: install  ## the benchmark suite alone, as a table: make bench ARGS="linear --quick"
 	$(BIN)/dlkernels bench $(ARGS)
