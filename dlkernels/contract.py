@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import _reduction
 
 from .backend import PLAIN_TENSORS, apply_function, is_tracing
 from .registry import FLOATS
 
 Optionals = tuple[Tensor | None, ...]  # what was not asked for is None
-
-
+REDUCTIONS = ("none", "mean", "sum")  # of a loss; the place is torch's code and the kernels'
 Named = tuple[str, Any]  # (name of an argument, its value)
 
 
@@ -47,6 +47,34 @@ def require_tensors(*required: Named, optional: Sequence[Named] = ()) -> None:
     for name, t in (*required, *(named for named in optional if named[1] is not None)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
+
+
+def without_kernel(reason: str, native: Callable[..., Any], *args: Any, name: str = "", **options: Any) -> Any:
+    """What PyTorch makes of arguments that no kernel takes: its result, or its error with the ``reason`` before it."""
+    try:
+        return native(*args, **options)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        kinds = (TypeError, ValueError, IndexError, NotImplementedError)
+        kind = type(error) if type(error) in kinds else RuntimeError  # others may not be made of a message alone
+        raise kind(f"{name or native.__name__}: {reason}; {error}") from error
+
+
+def raise_index_error(error: RuntimeError) -> Any:
+    """torch raises IndexError for an index or a label out of range; C++ can only raise RuntimeError."""
+    if ("is out of bounds" in str(error) or "is out of range" in str(error)) and not isinstance(error, IndexError):
+        raise IndexError(str(error)) from None
+    raise error
+
+
+def reduction_code(reduction: str, size_average: bool | None = None, reduce: bool | None = None) -> int:
+    """The code of a reduction; ``size_average`` and ``reduce`` are its deprecated form, and torch warns of them.
+
+    Raises:
+        ValueError: there is no such reduction.
+    """
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    return REDUCTIONS.index(reduction) if reduction in REDUCTIONS else _reduction.get_enum(reduction)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

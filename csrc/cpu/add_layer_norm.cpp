@@ -14,9 +14,7 @@ constexpr const char* BACKWARD = "add_layer_norm_backward";
 
 std::optional<Dropout> checked_dropout(const char* op, const std::optional<Tensor>& seed, double p) {
     if (!seed) return {};
-    checked(op, "seed", *seed, ScalarType::Long, {1});
-    if (!(p >= 0 && p <= 1)) fail(op, ": p is ", p, ", needs a probability between 0 and 1");
-    return Dropout(*data<uint64_t>(*seed), p);
+    return Dropout(checked_seed(op, *seed, p), p);
 }
 
 // s = x + residual in columns [begin, end) of row m.
@@ -45,7 +43,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_forward(Tensor x, Tens
     int64_t M = ranked(FORWARD, "x", x, 2).size(0), N = x.size(1);
     checked(FORWARD, "x", x, x.scalar_type(), {M, N});
     checked(FORWARD, "residual", residual, x.scalar_type(), {M, N});
-    check_parameters(FORWARD, x, weight, bias);
+    checked_parameters(FORWARD, x, {{"weight", weight}, {"bias", bias}});
     const std::optional<Dropout> dropout = checked_dropout(FORWARD, seed, p);
     Tensor y = empty(x, {M, N}), s = empty(x, {M, N}), mean = empty(statistics_type(x), {2, M}), rstd = empty(statistics_type(x), {M});
     Tensor xs = dense(x), residuals = dense(residual), ws = weight ? dense(*weight) : x, bs = bias ? dense(*bias) : x;
@@ -73,7 +71,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(Tensor dy, st
     checked(BACKWARD, "sum", s, s.scalar_type(), {M, N});
     checked(BACKWARD, "dy", dy, s.scalar_type(), {M, N});
     if (dsum) checked(BACKWARD, "dsum", *dsum, s.scalar_type(), {M, N});
-    check_parameters(BACKWARD, s, weight, std::nullopt);
+    checked_parameters(BACKWARD, s, {{"weight", weight}});
     checked(BACKWARD, "mean", mean, statistics_type(s), {2, M});
     checked(BACKWARD, "rstd", rstd, statistics_type(s), {M});
     const std::optional<Dropout> dropout = checked_dropout(BACKWARD, seed, p);

@@ -236,7 +236,7 @@ using Optional = std::optional<Tensor>;
 std::tuple<Tensor, Tensor> run_forward(const char* op, const Tensor& x, const Optional& weight, const Optional& bias, const Optional& mean,
                                        const Optional& var, bool training, double momentum, double eps, bool relu) {
     Format format = checked_input(op, x);
-    checked_channels(op, x, {{"weight", weight}, {"bias", bias}, {"running_mean", mean}, {"running_var", var}});
+    checked_parameters(op, x, {{"weight", weight}, {"bias", bias}, {"running_mean", mean}, {"running_var", var}});
     Arguments args = {PerChannel(weight), PerChannel(bias), PerChannel(mean), PerChannel(var), momentum, eps};
     with_type(op, x.scalar_type(), [](auto) {});
     if (x.numel() <= (training ? x.size(1) : 0))
@@ -266,7 +266,7 @@ std::tuple<Tensor, Tensor> batch_norm_eval(Tensor x, Optional weight, Optional b
 std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(Tensor dy, Tensor x, Optional weight, Optional bias, Tensor stats, bool training,
                                                        double eps, bool relu, bool need_dx, bool need_dweight, bool need_dbias) {
     Format format = checked_input(BACKWARD, x);
-    checked_channels(BACKWARD, x, {{"weight", weight}, {"bias", bias}});
+    checked_parameters(BACKWARD, x, {{"weight", weight}, {"bias", bias}});
     checked(BACKWARD, "stats", stats, statistics_type(x), {3, x.size(1)});
     if (!dy.defined() || !dy.is_cpu() || dy.layout() != torch::headeronly::Layout::Strided || dy.scalar_type() != x.scalar_type() ||
         !std::ranges::equal(dy.sizes(), x.sizes()))

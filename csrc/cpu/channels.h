@@ -15,8 +15,6 @@
 #include "op.h"
 #include "rows.h"
 
-#define INLINE __attribute__((always_inline))  // loops whose bodies are functions, with their sums in registers
-
 enum class Memory { ROWS, COLUMNS };
 
 template <class T, Memory MEMORY> struct Channels {
@@ -121,15 +119,6 @@ template <class T, Memory MEMORY> struct Channels {
     bool serial() const { return count() * channels <= SERIAL_NUMBERS; }
 };
 
-// The first `lanes` lanes of v, zero in the others.
-template <class V> inline V keep(V v, int lanes) {
-    using Number = std::remove_reference_t<decltype(V{}[0])>;
-    constexpr int n = LANES<V>;
-    V lane;
-    for (int i = 0; i < n; i++) lane[i] = i;
-    return lanes >= n ? v : lane < V{} + Number(lanes) ? v : V{};
-}
-
 // Count, mean and sum of squared deviations of G channels.
 template <int G> struct Moments {
     double count = 0, mean[G] = {}, m2[G] = {};
@@ -183,19 +172,6 @@ struct PerChannel {
         for (int i = 0, step = stride == 1 ? VL<C> : 1; i < n; i += step) f(lanes, q + i * stride, i, std::min(step, n - i));
     }
 };
-
-// Tensors [C], all in x's dtype, or all in float where x is of a half type.
-struct Named {
-    const char* name;
-    const std::optional<Tensor>& t;
-};
-inline void checked_channels(const char* op, const Tensor& x, std::initializer_list<Named> tensors) {
-    ScalarType dtype = x.scalar_type();
-    for (const auto& [name, t] : tensors)
-        if (t && t->defined() && t->scalar_type() == ScalarType::Float && x.element_size() == 2) dtype = ScalarType::Float;
-    for (const auto& [name, t] : tensors)
-        if (t) checked(op, name, *t, dtype, {x.size(1)});
-}
 
 // How the numbers of a tensor lie.
 struct Format {

@@ -10,12 +10,6 @@ namespace {
 
 constexpr const char* DROPOUT = "dropout";
 
-Dropout checked_dropout(const Tensor& seed, double p) {
-    checked(DROPOUT, "seed", seed, ScalarType::Long, {1});
-    if (!(p >= 0 && p <= 1)) fail(DROPOUT, ": p is ", p, ", needs a probability between 0 and 1");
-    return {*static_cast<const uint64_t*>(seed.data_ptr()), p};
-}
-
 // y may be x.
 void run(const Dropout& dropout, const Tensor& x, const Tensor& y) {
     with_type(DROPOUT, x.scalar_type(), [&](auto type) {
@@ -28,7 +22,7 @@ void run(const Dropout& dropout, const Tensor& x, const Tensor& y) {
 
 Tensor dropout(Tensor x, Tensor seed, double p) {
     checked_like(DROPOUT, "x", x, x);
-    Dropout dropout = checked_dropout(seed, p);
+    Dropout dropout(checked_seed(DROPOUT, seed, p), p);
     Tensor y = empty(x);
     run(dropout, dense(x), y);
     return y;
@@ -37,7 +31,7 @@ Tensor dropout(Tensor x, Tensor seed, double p) {
 void dropout_(Tensor x, Tensor seed, double p) {
     checked_like(DROPOUT, "x", x, x);
     if (!x.is_contiguous()) fail(DROPOUT, ": x must be contiguous to be changed in place");
-    run(checked_dropout(seed, p), x, x);
+    run({checked_seed(DROPOUT, seed, p), p}, x, x);
 }
 
 }  // namespace

@@ -11,7 +11,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(Tensor x, std::optional<Te
                                                       bool centred) {
     int64_t M = ranked(FORWARD, "x", x, 2).size(0), N = x.size(1);
     checked(FORWARD, "x", x, x.scalar_type(), {M, N});
-    check_parameters(FORWARD, x, weight, bias);
+    checked_parameters(FORWARD, x, {{"weight", weight}, {"bias", bias}});
     Tensor y = empty(x, {M, N}), mean = centred ? empty(statistics_type(x), {2, M}) : Tensor(), rstd = empty(statistics_type(x), {M});
     Tensor xs = dense(x), ws = weight ? dense(*weight) : x, bs = bias ? dense(*bias) : x;
     with_types(FORWARD, x, weight ? weight : bias, [&](auto type, auto parameter) {
@@ -30,7 +30,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor dy, Tensor x, std:
     int64_t M = ranked(BACKWARD, "x", x, 2).size(0), N = x.size(1);
     checked(BACKWARD, "x", x, x.scalar_type(), {M, N});
     checked(BACKWARD, "dy", dy, x.scalar_type(), {M, N});
-    check_parameters(BACKWARD, x, weight, std::nullopt);
+    checked_parameters(BACKWARD, x, {{"weight", weight}});
     if (mean) checked(BACKWARD, "mean", *mean, statistics_type(x), {2, M});
     checked(BACKWARD, "rstd", rstd, statistics_type(x), {M});
     Tensor dx = need_dx ? empty(x, {M, N}) : Tensor(), dweight = need_dweight ? empty(weight ? *weight : x, {N}) : Tensor();

@@ -87,9 +87,7 @@ template <class C, class Term> double sum_of(int64_t begin, int64_t end, const T
         for (int i = 0; i < 4; i++) sums[i] += term(n + i * VL<C>, VL<C>);
     for (; n < end; n += VL<C>) {
         int lanes = std::min<int64_t>(VL<C>, end - n);
-        C rest[VL<C>] = {};
-        store(rest, term(n, lanes), lanes);
-        sums[0] += load(rest);
+        sums[0] += keep(term(n, lanes), lanes);
     }
     return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }

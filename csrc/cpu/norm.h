@@ -18,8 +18,6 @@
 #include "op.h"
 #include "rows.h"
 
-#define INLINE __attribute__((always_inline))
-
 constexpr int64_t BLOCK = 4096;           // numbers of a row that stay in the L1 cache between two looks
 constexpr int64_t BATCH_BYTES = 8 << 20;  // of long rows that stay in the L3 cache between two looks
 
@@ -33,14 +31,6 @@ template <class C, int U, class Body> INLINE inline void each_vector(int64_t beg
         for (int u = 0; u < U; u++) body(u, begin + u * L, L);
     for (; begin + L <= end; begin += L) body(0, begin, L);
     if (begin < end) body(0, begin, int(end - begin));
-}
-
-// The first lanes of v; 0 in the others.
-template <class C> inline vec<C> first(vec<C> v, int lanes) {
-    if (lanes >= VL<C>) return v;
-    vec<ints<C>> lane;
-    for (int i = 0; i < VL<C>; i++) lane[i] = i;
-    return lane < lanes ? v : vec<C>{};
 }
 
 template <class W> INLINE inline vec<compute_t<W>> load_or(const W* p, int64_t n, int lanes, compute_t<W> otherwise) {
@@ -89,7 +79,7 @@ template <class T, class W> struct Norm {
         const C mean = HALF ? load(p + begin, 1)[0] : total(sums) / count;
         const V centre = set(mean);
         each_vector<C, U>(begin, end, [&](int u, int64_t n, int lanes) INLINE {
-            V d = first<C>(load(p + n, lanes) - centre, lanes);
+            V d = keep(load(p + n, lanes) - centre, lanes);
             distances[u] += d, squares[u] += d * d;
         });
         const C low = total(distances) / count;

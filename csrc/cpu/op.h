@@ -60,6 +60,26 @@ inline const Tensor& checked_like(const char* op, const char* name, const Tensor
     return checked(op, name, t, like.scalar_type(), like.sizes().data(), like.sizes().size());
 }
 
+struct NamedOptional {
+    const char* name;
+    const std::optional<Tensor>& t;
+};
+// Parameters [x.size(1)], those that are there: all of x's dtype, or all float beside an x of a half type.
+inline void checked_parameters(const char* op, const Tensor& x, std::initializer_list<NamedOptional> parameters) {
+    ScalarType dtype = x.scalar_type();
+    for (const auto& [name, t] : parameters)
+        if (t && t->defined() && t->scalar_type() == ScalarType::Float && x.element_size() == 2) dtype = ScalarType::Float;
+    for (const auto& [name, t] : parameters)
+        if (t) checked(op, name, *t, dtype, {x.size(1)});
+}
+
+// The seed of dropout with probability p, both checked.
+inline uint64_t checked_seed(const char* op, const Tensor& seed, double p) {
+    checked(op, "seed", seed, ScalarType::Long, {1});
+    if (!(p >= 0 && p <= 1)) fail(op, ": p is ", p, ", needs a probability between 0 and 1");
+    return *static_cast<const uint64_t*>(seed.data_ptr());
+}
+
 // The rank of `t`, which the shapes of the other arguments are read from.
 inline const Tensor& ranked(const char* op, const char* name, const Tensor& t, int64_t rank) {
     if (!t.defined() || t.dim() != rank) fail(op, ": ", name, " must have ", rank, " dimensions, got ", t.defined() ? t.dim() : 0);

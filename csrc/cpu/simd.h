@@ -59,6 +59,19 @@ template <class T> inline vec<T> reciprocal(vec<T> x) {
     return 1 / x;
 }
 
+#define INLINE __attribute__((always_inline))  // for loops whose bodies are functions: sums stay in registers
+
+template <class T> inline vec<ints<T>> lane_numbers() {
+    vec<ints<T>> lane;
+    for (int i = 0; i < VL<T>; i++) lane[i] = i;
+    return lane;
+}
+// The first `lanes` lanes of v, zero in the others.
+template <class V> inline V keep(V v, int lanes) {
+    using T = std::remove_reference_t<decltype(V{}[0])>;
+    return lanes >= VL<T> ? v : lane_numbers<T>() < ints<T>(lanes) ? v : V{};
+}
+
 // Combine the lanes of a vector with f, in halves: lane i with lane i + n/2, and so on.
 template <int W, class V, class F, int... L> inline V fold(V v, const F& f, std::integer_sequence<int, L...> lanes) {
     if constexpr (W == 0) return v;

@@ -35,12 +35,6 @@ template <class T> inline vec<compute_t<T>> exp_nonpositive(vec<compute_t<T>> x)
 }
 template <class T> inline compute_t<T> number(const T* p) { return load(p, 1)[0]; }
 
-template <class C> inline vec<ints<C>> lane_numbers() {
-    vec<ints<C>> lane;
-    for (int i = 0; i < VL<C>; i++) lane[i] = i;
-    return lane;
-}
-
 template <class C> using full = std::integral_constant<int, VL<C>>;  // as a type: the loop without a tail is compiled without one
 
 // body(n, lanes) for every vector of [0, N); lanes < VL only for the last.

@@ -48,7 +48,13 @@ class Activation(NamedTuple):
     reference: Callable[[Tensor, float, float], Tensor]
     gradient: Callable[[Tensor, Tensor, float, float], Tensor] | None = None
 
+    @property
+    def keeps(self) -> str:
+        """What the backward needs: "y", "x", or nothing."""
+        return "" if self.code == 0 else "y" if self.gradient else "x"
 
+
+IDENTITY = Activation(0, lambda x, a, b: x)  # of a linear without an activation
 RELU = Activation(1, lambda x, a, b: F.relu(x), lambda dy, y, a, b: dy.masked_fill(y <= 0, 0))
 GELU = Activation(2, lambda x, a, b: F.gelu(x))
 GELU_TANH = Activation(3, lambda x, a, b: F.gelu(x, approximate="tanh"))

@@ -25,24 +25,18 @@ from torch import Tensor
 from ..backend import apply_function, define
 from ..contract import Optionals, autocast_dtype, needs_grad, reference_gradients, require_tensors, statistics_dtype, unsupported
 from ..registry import Cost, Op, register
-from .dropout import LOW, draw_seed, dropout, philox
+from .dropout import check_seed, draw_seed, dropout, factors, numbers
 from .layer_norm import check_rows, layer_norm, make_rows, misfit
 
 __all__ = ["add_layer_norm", "dropout_add_layer_norm"]
-
-
-def _check_seed(x: Tensor, seed: Tensor | None, p: float) -> None:
-    if seed is not None:
-        torch._check(seed.dtype == torch.int64 and seed.shape == (1,), lambda: f"seed must be one int64, got {seed.dtype} {seed.shape}")
-        torch._check(seed.device == x.device, lambda: f"seed is on {seed.device}, x on {x.device}")
-        torch._check(0 <= p <= 1, lambda: f"p is {p}, needs a probability between 0 and 1")
 
 
 def _forward_fake(
     x: Tensor, residual: Tensor, seed: Tensor | None, weight: Tensor | None, bias: Tensor | None, p: float, eps: float
 ) -> Optionals:
     check_rows(x, weight, bias, residual=(residual, x.shape, x.dtype))
-    _check_seed(x, seed, p)
+    if seed is not None:
+        check_seed(x, seed, p)
     M, sums = x.shape[0], statistics_dtype(x)
     return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty((2, M), dtype=sums), x.new_empty(M, dtype=sums)
 
@@ -54,7 +48,8 @@ def _backward_fake(
     M, sums, parameter = sum.shape[0], statistics_dtype(sum), sum if weight is None else weight
     like = (sum.shape, sum.dtype)
     check_rows(sum, weight, None, dy=(dy, *like), dsum=(dsum, *like), mean=(mean, (2, M), sums), rstd=(rstd, (M,), sums))
-    _check_seed(sum, seed, p)
+    if seed is not None:
+        check_seed(sum, seed, p)
     return (
         sum.new_empty(sum.shape) if need_dx and seed is not None else None,
         sum.new_empty(sum.shape) if need_dresidual else None,
@@ -112,20 +107,12 @@ class _AddLayerNorm(torch.autograd.Function):
         return dresidual if plain and needs[0] else dx, dresidual if needs[1] else None, None, dweight, dbias, None, None
 
 
-def _factors(M: int, N: int, seed: Tensor, p: float, dtype: torch.dtype) -> Tensor:
-    """f above: [M, N]."""
-    m, n = torch.arange(M, device=seed.device)[:, None], torch.arange(N, device=seed.device)
-    q = n // 64 * 16 + n % 16
-    words = torch.stack(philox(q & LOW, q >> 32, m & LOW, m >> 32, seed & LOW, seed >> 32 & LOW))
-    kept = words.gather(0, (n % 64 // 16).expand(1, M, N))[0] >= min(int(p * 2**32), LOW)
-    return kept.to(dtype) * (1 / (1 - p) if p < 1 else 0.0)
-
-
 def _reference(
     x: Tensor, residual: Tensor, seed: Tensor | None, weight: Tensor | None, bias: Tensor | None, p: float, eps: float
 ) -> tuple[Tensor, Tensor]:
     if seed is not None:
-        x = x * _factors(x.shape[:-1].numel(), x.shape[-1], seed, p, x.dtype).view(x.shape)
+        m = torch.arange(x.shape[:-1].numel(), device=x.device)[:, None]
+        x = x * factors(numbers(x.shape[-1], seed, m), p, x.dtype).view(x.shape)
     s = x + residual
     return F.layer_norm(s, s.shape[-1:], weight, bias, eps), s
 

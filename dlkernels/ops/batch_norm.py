@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ..backend import PLAIN_TENSORS, apply_function
-from ..contract import Optionals, needs_grad, reference_gradients, require_tensors, unsupported
+from ..contract import Optionals, needs_grad, reference_gradients, require_tensors, unsupported, without_kernel
 from ..registry import Cost, Op, register
 from . import batch_norm_raw as raw
 
@@ -120,16 +120,6 @@ def _unsupported(
     return f"momentum must be a number and eps not negative, got {momentum} and {eps}" if momentum is None or eps < 0 else None
 
 
-def _without_kernel(reason: str, *args: Any) -> Tensor:
-    """What PyTorch makes of arguments that no kernel takes: its result, or its error with the reason named."""
-    x, mean, var, weight, bias = args[:5]
-    require_tensors(("input", x), optional=(("running_mean", mean), ("running_var", var), ("weight", weight), ("bias", bias)))
-    try:
-        return _reference(*args)
-    except (RuntimeError, IndexError) as error:
-        raise type(error)(f"batch_norm: {reason}; {error}") from error
-
-
 def _batch_norm(
     x: Tensor, mean: Tensor | None, var: Tensor | None, weight: Tensor | None, bias: Tensor | None, training: bool, momentum: float,
     eps: float, relu: bool,
@@ -144,7 +134,8 @@ def _batch_norm(
             reason = _unsupported(*args)
             if reason is None:
                 raise
-    return _without_kernel(reason, *args, relu)
+    require_tensors(("input", x), optional=(("running_mean", mean), ("running_var", var), ("weight", weight), ("bias", bias)))
+    return without_kernel(reason, _reference, *args, relu, name="batch_norm")
 
 
 _PLAIN = frozenset((*PLAIN_TENSORS, type(None)))

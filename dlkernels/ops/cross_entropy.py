@@ -26,16 +26,24 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import _reduction
 
 from ..backend import apply_function, define
-from ..contract import autocast_dtype, in_float32, needs_grad, reference_gradients, require_tensors, statistics_dtype, unsupported
+from ..contract import (
+    REDUCTIONS,
+    autocast_dtype,
+    in_float32,
+    needs_grad,
+    raise_index_error,
+    reduction_code,
+    reference_gradients,
+    require_tensors,
+    statistics_dtype,
+    unsupported,
+    without_kernel,
+)
 from ..registry import Cost, Op, register
 
 __all__ = ["cross_entropy"]
-
-REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
-OUT_OF_BOUNDS = "is out of bounds"
 
 
 def rows_of(x: Tensor) -> tuple[int, ...]:
@@ -89,6 +97,14 @@ _backward = define(
 )
 
 
+def keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """``setup_context`` of a loss on classes: the arguments, and the second output, which only the backward reads."""
+    x, target, weight, *ctx.options = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, target, weight, output[1])
+
+
 class _CrossEntropy(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -96,12 +112,7 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(x: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
         return _forward(x, target, weight, *options)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, target, weight, *ctx.options = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, target, weight, output[1])
+    setup_context = staticmethod(keep_for_backward)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, _dkept: None = None) -> tuple[Tensor | None, ...]:
@@ -113,11 +124,10 @@ class _CrossEntropy(torch.autograd.Function):
         return *_backward(dy, x, target, weight, kept, *ctx.options, *ctx.needs_input_grad[:2]), None, None, None, None
 
 
-NAMES = {code: name for name, code in REDUCTIONS.items()}
 
 
 def _reference(x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int, label_smoothing: float) -> Tensor:
-    return F.cross_entropy(x, target, weight, None, ignore_index, None, NAMES[reduction], label_smoothing)
+    return F.cross_entropy(x, target, weight, None, ignore_index, None, REDUCTIONS[reduction], label_smoothing)
 
 
 def unfit(input: Any, target: Any, weight: Any, ignore_index: int, label_smoothing: float = 0.0) -> str | None:
@@ -141,40 +151,11 @@ def unfit(input: Any, target: Any, weight: Any, ignore_index: int, label_smoothi
     return None
 
 
-def code_of(reduction: str, size_average: bool | None = None, reduce: bool | None = None) -> int:
-    """The kernels' code of a reduction; ``size_average`` and ``reduce`` are its deprecated form, and torch warns of them.
-
-    Raises:
-        ValueError: there is no such reduction.
-    """
-    if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
-    code = REDUCTIONS.get(reduction) if isinstance(reduction, str) else None
-    return _reduction.get_enum(reduction) if code is None else code
-
-
 def widened(input: Any, *others: Any) -> tuple[Any, ...]:
     """The arguments as autocast gives them to an op on its float32 list; unchanged without autocast, or where one is no tensor."""
     if isinstance(input, Tensor) and autocast_dtype(input) is not None and all(t is None or isinstance(t, Tensor) for t in others):
         return in_float32(input, *others)
     return input, *others
-
-
-def raise_index_error(error: RuntimeError) -> Any:
-    """torch raises IndexError for a label that is no class; C++ can only raise RuntimeError."""
-    if OUT_OF_BOUNDS in str(error) and not isinstance(error, IndexError):
-        raise IndexError(str(error)) from None
-    raise error
-
-
-def without_kernel(reason: str, native: Callable[..., Tensor], input: Any, target: Any, weight: Any, **options: Any) -> Tensor:
-    """What PyTorch makes of arguments that no kernel takes: its result, or its error with the reason before it."""
-    require_tensors(("input", input), ("target", target), optional=(("weight", weight),))
-    try:
-        return native(input, target, weight, **options)
-    except (RuntimeError, ValueError, IndexError) as error:
-        kind = type(error) if type(error) in (ValueError, IndexError, NotImplementedError) else RuntimeError
-        raise kind(f"{native.__name__}: {reason}; {error}") from error
 
 
 def cross_entropy(
@@ -198,11 +179,12 @@ def cross_entropy(
         IndexError: a label is neither a class nor ``ignore_index`` (on a GPU the result is NaN instead).
         RuntimeError, ValueError: shapes, dtypes or options do not fit. TypeError: an argument is not a tensor.
     """
-    code = code_of(reduction, size_average, reduce)
+    code = reduction_code(reduction, size_average, reduce)
     input, target, weight = widened(input, target, weight)
     reason = unfit(input, target, weight, ignore_index, label_smoothing)
     if reason is not None:
-        options: dict[str, Any] = {"reduction": NAMES[code], "ignore_index": ignore_index, "label_smoothing": label_smoothing}
+        options: dict[str, Any] = {"reduction": REDUCTIONS[code], "ignore_index": ignore_index, "label_smoothing": label_smoothing}
+        require_tensors(("input", input), ("target", target), optional=(("weight", weight),))
         return without_kernel(reason, F.cross_entropy, input, target, weight, **options)
     args = input, target, weight, code, ignore_index, float(label_smoothing)
     try:

@@ -27,19 +27,20 @@ from ..registry import Cost, Op, register
 __all__ = ["dropout"]
 
 
-def _check(x: Tensor, seed: Tensor, p: float) -> None:
+def check_seed(x: Tensor, seed: Tensor, p: float) -> None:
+    """What the kernels check of a seed and a probability, while a graph is traced."""
     torch._check(seed.dtype == torch.int64 and seed.shape == (1,), lambda: f"seed must be one int64, got {seed.dtype} {tuple(seed.shape)}")
     torch._check(seed.device == x.device, lambda: f"seed is on {seed.device}, x on {x.device}")
     torch._check(0 <= p <= 1, lambda: f"p is {p}, needs a probability between 0 and 1")
 
 
 def _fake(x: Tensor, seed: Tensor, p: float) -> Tensor:
-    _check(x, seed, p)
+    check_seed(x, seed, p)
     return x.new_empty(x.shape)
 
 
 _dropout = define("dropout(Tensor x, Tensor seed, float p) -> Tensor", _fake)
-_dropout_ = define("dropout_(Tensor(a!) x, Tensor seed, float p) -> ()", _check)
+_dropout_ = define("dropout_(Tensor(a!) x, Tensor seed, float p) -> ()", check_seed)
 
 
 class _Dropout(torch.autograd.Function):
@@ -79,12 +80,13 @@ def _apply(x: Tensor, seed: Tensor, p: float) -> Tensor:
     return apply_function(_Dropout, x, seed, p) if needs_grad(x) else _dropout(x, seed, p)
 
 
-def numbers(count: int, seed: Tensor, row: int = 0) -> Tensor:
-    """The numbers 0 .. 2^32 - 1 of columns 0 .. count - 1 of a row, int64 on the device of ``seed``: philox.h in integer tensors."""
+def numbers(count: int, seed: Tensor, row: Any = 0) -> Tensor:
+    """The numbers 0 .. 2^32 - 1 of columns 0 .. count - 1 of a row, int64 on the device of ``seed``: philox.h in integer tensors. For a
+    tensor of rows [M, 1] they are [M, count]."""
     n = torch.arange(count, device=seed.device)
     q = n // 64 * 16 + n % 16
-    words = philox(q & LOW, q >> 32, row & LOW, row >> 32, seed & LOW, seed >> 32 & LOW)
-    return torch.stack(words).gather(0, (n % 64 // 16)[None])[0]
+    words = torch.stack(philox(q & LOW, q >> 32, row & LOW, row >> 32, seed & LOW, seed >> 32 & LOW))
+    return words.gather(0, (n % 64 // 16).expand(1, *words.shape[1:]))[0]
 
 
 LOW = 0xFFFFFFFF
@@ -99,15 +101,14 @@ def philox(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> tuple[Tensor
     return c0, c1, c2, c3
 
 
-def factors(shape: torch.Size, seed: Tensor, p: float, dtype: torch.dtype) -> Tensor:
-    """f above, for a contiguous array of this shape."""
-    kept = numbers(shape.numel(), seed) >= min(int(p * 2**32), LOW)
-    return (kept.to(dtype) * (1 / (1 - p) if p < 1 else 0.0)).reshape(shape)
+def factors(drawn: Tensor, p: float, dtype: torch.dtype) -> Tensor:
+    """f above of these numbers."""
+    return (drawn >= min(int(p * 2**32), LOW)).to(dtype) * (1 / (1 - p) if p < 1 else 0.0)
 
 
 def _reference(x: Tensor, seed: Tensor, p: float) -> Tensor:
     x, restore = in_memory_order(x)
-    return restore(x * factors(x.shape, seed, p, x.dtype))
+    return restore(x * factors(numbers(x.numel(), seed), p, x.dtype).reshape(x.shape))
 
 
 def _unsupported(input: Tensor, seed: Tensor, p: float = 0.5) -> str | None:
@@ -123,7 +124,7 @@ def seeded(x: Tensor, seed: Tensor, p: float) -> Tensor:
     """
     if _unsupported(x, seed) is not None:
         require_tensors(("x", x), ("seed", seed))
-        _check(x, seed, p)
+        check_seed(x, seed, p)
         return _reference(x, seed, p)
     x, restore = in_memory_order(x)
     return restore(_apply(x, seed, p))

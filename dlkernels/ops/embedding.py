@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import PLAIN_TENSORS, apply_function, define
-from ..contract import needs_grad, require_tensors, unsupported
+from ..contract import needs_grad, raise_index_error, require_tensors, unsupported
 from ..registry import FLOATS, Cost, Op, register
 
 __all__ = ["embedding"]
@@ -124,9 +124,7 @@ def embedding(
             return apply_function(_Embedding, weight, input, padding_idx, scale_grad_by_freq)
         return _forward(weight, input)
     except RuntimeError as error:
-        if "out of range" in str(error):
-            raise IndexError(str(error)) from error
-        raise
+        return raise_index_error(error)
 
 
 def _call(weight: Tensor, indices: Tensor) -> Tensor:

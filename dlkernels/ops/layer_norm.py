@@ -33,6 +33,7 @@ from ..contract import (
     require_tensors,
     statistics_dtype,
     unsupported,
+    without_kernel,
 )
 from ..registry import Cost, Op, register
 
@@ -139,21 +140,14 @@ def misfit(x: Tensor, weight: Tensor | None, bias: Tensor | None, normalized_sha
     return None
 
 
-def _without_kernel(reason: str, *args: Any) -> Tensor:
-    """What PyTorch makes of arguments that no kernel takes: its result, or its error with the arguments named."""
-    x, weight, bias, _, centred, _ = args
-    require_tensors(("input", x), optional=(("weight", weight), ("bias", bias)))
-    try:
-        return _reference(*args)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise type(error)(f"{'layer_norm' if centred else 'rms_norm'}: {reason}; {error}") from error
-
-
 def _normalise(x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float | None, centred: bool) -> Tensor:
     reason = _unsupported(x, weight, bias, shape)
     if reason is not None or not isinstance(eps, float):
         if reason is not None or not (isinstance(eps, int) or (eps is None and not centred)):
-            return _without_kernel(reason or f"eps is {eps!r}, needs a number", x, weight, bias, eps, centred, shape)
+            reason = reason or f"eps is {eps!r}, needs a number"
+            require_tensors(("input", x), optional=(("weight", weight), ("bias", bias)))
+            name = "layer_norm" if centred else "rms_norm"
+            return without_kernel(reason, _reference, x, weight, bias, eps, centred, shape, name=name)
         eps = torch.finfo(statistics_dtype(x)).eps if eps is None else float(eps)
     if not x.is_cpu and autocast_dtype(x) is not None:  # on the float32 list of cuda alone
         x, weight, bias = in_float32(x, weight, bias)  # type: ignore[assignment]

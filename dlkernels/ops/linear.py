@@ -17,36 +17,30 @@ Work        2MNK flops forward, 4MNK backward; MK + NK + N + MN elements moved f
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import apply_function, define
-from ..contract import Optionals, autocast_dtype, needs_grad, reference_gradients, require_tensors, unsupported
+from ..contract import Optionals, autocast_dtype, needs_grad, reference_gradients, require_tensors, unsupported, without_kernel
 from ..registry import Cost, Op, register
+from . import activations
+from .activations import Activation
 
 __all__ = ["linear", "linear_act", "linear_relu"]
 
 
-class Activation(NamedTuple):
-    """``code`` is what the kernels switch on; ``keeps`` is what the backward needs: "z", "y" or nothing."""
-
-    code: int
-    keeps: str
-    reference: Callable[[Tensor, float], Tensor]
-
-
-ACTIVATIONS: dict[str, Activation] = {
-    "none": Activation(0, "", lambda z, slope: z),
-    "relu": Activation(1, "y", lambda z, slope: F.relu(z)),
-    "gelu": Activation(2, "z", lambda z, slope: F.gelu(z)),
-    "gelu_tanh": Activation(3, "z", lambda z, slope: F.gelu(z, approximate="tanh")),
-    "leaky_relu": Activation(4, "z", F.leaky_relu),
-    "sigmoid": Activation(5, "y", lambda z, slope: torch.sigmoid(z)),
-    "tanh": Activation(6, "y", lambda z, slope: torch.tanh(z)),
-    "silu": Activation(7, "z", lambda z, slope: F.silu(z)),
+ACTIVATIONS: dict[str, Activation] = {  # by the names of linear_act; what goes into one is z here
+    "none": activations.IDENTITY,
+    "relu": activations.RELU,
+    "gelu": activations.GELU,
+    "gelu_tanh": activations.GELU_TANH,
+    "leaky_relu": activations.LEAKY_RELU_OF_X,  # of any slope
+    "sigmoid": activations.SIGMOID,
+    "tanh": activations.TANH,
+    "silu": activations.SILU,
 }
 
 
@@ -94,7 +88,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation, slope: float) -> Tensor | tuple[Tensor, Tensor]:
-        save = act.keeps == "z"
+        save = act.keeps == "x"
         y, z = _forward(x, weight, bias, act.code, slope, save)
         return (y, z) if save else y
 
@@ -102,7 +96,7 @@ class _Linear(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         x, weight, bias, ctx.act, ctx.slope = inputs
         saved = output if ctx.act.keeps == "y" else None
-        if ctx.act.keeps == "z":
+        if ctx.act.keeps == "x":
             saved = output[1]
             ctx.mark_non_differentiable(saved)
         ctx.set_materialize_grads(False)
@@ -119,7 +113,7 @@ class _Linear(torch.autograd.Function):
 
 
 def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation, slope: float) -> Tensor:
-    return act.reference(F.linear(x, weight, bias), slope)
+    return act.reference(F.linear(x, weight, bias), slope, 0.0)
 
 
 def _unsupported(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
@@ -139,16 +133,13 @@ def _shapes(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
     return ", ".join(f"{name} {tuple(t.shape)}" for name, t in named if t is not None)
 
 
-def _without_kernel(reason: str, x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation, slope: float) -> Tensor:
+def _refused(reason: str, x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation, slope: float) -> Tensor:
     """What PyTorch makes of arguments that no kernel takes: its result, or its error with the arguments named."""
     require_tensors(("input", x), ("weight", weight), optional=(("bias", bias),))
     for t in (x, weight, bias):
         if t is not None and t.device != x.device:
             raise RuntimeError(f"{reason}; all tensors must be on one device")
-    try:
-        return _reference(x, weight, bias, act, slope)
-    except RuntimeError as error:
-        raise RuntimeError(f"linear: {reason}; {error}") from error
+    return without_kernel(reason, _reference, x, weight, bias, act, slope, name="linear")
 
 
 def _autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -178,7 +169,7 @@ def linear_act(
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
     reason = _unsupported(input, weight, bias)
     if reason is not None:
-        return _without_kernel(reason, input, weight, bias, act, negative_slope)
+        return _refused(reason, input, weight, bias, act, negative_slope)
     dtype = autocast_dtype(input)
     if dtype is not None:
         input, weight = _autocast(input, dtype), _autocast(weight, dtype)
@@ -186,7 +177,7 @@ def linear_act(
     x = input if input.dim() == 2 else input.reshape(input.shape[:-1].numel(), input.shape[-1])
     if needs_grad(x, weight, bias):
         y = apply_function(_Linear, x, weight, bias, act, negative_slope)
-        y = y[0] if act.keeps == "z" else y
+        y = y[0] if act.keeps == "x" else y
     else:
         y = _forward(x, weight, bias, act.code, negative_slope, False)[0]
     return y if input.dim() == 2 else y.view(*input.shape[:-1], weight.shape[0])

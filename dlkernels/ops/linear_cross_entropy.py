@@ -23,9 +23,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import apply_function, define
-from ..contract import Optionals, autocast_dtype, needs_grad, reference_gradients, require_tensors, statistics_dtype, unsupported
+from ..contract import (
+    REDUCTIONS,
+    Optionals,
+    autocast_dtype,
+    needs_grad,
+    raise_index_error,
+    reduction_code,
+    reference_gradients,
+    require_tensors,
+    statistics_dtype,
+    unsupported,
+    without_kernel,
+)
 from ..registry import Cost, Op, register
-from .cross_entropy import NAMES, code_of, raise_index_error, weights
+from .cross_entropy import weights
 
 __all__ = ["linear_cross_entropy"]
 
@@ -101,7 +113,7 @@ def _reference(
 ) -> Tensor:
     reduction, ignore_index, smoothing = options
     z = F.linear(x, weight, bias)
-    loss = F.cross_entropy(z, target, class_weight, reduction=NAMES[reduction], ignore_index=ignore_index, label_smoothing=smoothing)
+    loss = F.cross_entropy(z, target, class_weight, reduction=REDUCTIONS[reduction], ignore_index=ignore_index, label_smoothing=smoothing)
     return loss.to(statistics_dtype(x))
 
 
@@ -168,17 +180,15 @@ def linear_cross_entropy(
         IndexError: a label is neither a class nor ``ignore_index`` (on a GPU the result is NaN instead).
         RuntimeError, ValueError: shapes, dtypes or options do not fit. TypeError: an argument is not a tensor.
     """
-    code = code_of(reduction)
+    code = reduction_code(reduction)
     reason = _unsupported(input, linear_weight, target, linear_bias, weight, label_smoothing)
     if reason is not None:
         require_tensors(("input", input), ("linear_weight", linear_weight), ("target", target),
                         optional=(("linear_bias", linear_bias), ("weight", weight)))  # fmt: skip
-        try:
-            return _native(input, linear_weight, target, linear_bias=linear_bias, weight=weight, reduction=NAMES[code],
-                           ignore_index=ignore_index, label_smoothing=label_smoothing)  # fmt: skip
-        except (RuntimeError, ValueError, IndexError) as error:
-            kind = type(error) if type(error) in (ValueError, IndexError, NotImplementedError) else RuntimeError
-            raise kind(f"linear_cross_entropy: {reason}; {error}") from error
+        return without_kernel(
+            reason, _native, input, linear_weight, target, linear_bias=linear_bias, weight=weight, reduction=REDUCTIONS[code],
+            ignore_index=ignore_index, label_smoothing=label_smoothing, name="linear_cross_entropy",
+        )  # fmt: skip
     dtype, result = autocast_dtype(input), input.dtype
     if dtype is not None:
         result = statistics_dtype(input)

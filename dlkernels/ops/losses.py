@@ -30,15 +30,22 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import _reduction
 
 from ..backend import apply_function, define
-from ..contract import Optionals, autocast_dtype, in_float32, needs_grad, reference_gradients, require_tensors, unsupported
+from ..contract import (
+    REDUCTIONS,
+    Optionals,
+    autocast_dtype,
+    in_float32,
+    needs_grad,
+    reduction_code,
+    reference_gradients,
+    require_tensors,
+    unsupported,
+)
 from ..registry import Cost, Op, register
 
 __all__ = ["binary_cross_entropy", "binary_cross_entropy_with_logits", "huber_loss", "l1_loss", "mse_loss", "smooth_l1_loss"]
-
-REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # PyTorch's codes, and the kernels'
 
 
 class Loss(NamedTuple):
@@ -95,9 +102,9 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, loss: Loss, parameter: float, reduction: str
+        x: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, loss: Loss, parameter: float, reduction: int
     ) -> Tensor:
-        return _forward(x, target, weight, pos_weight, loss.code, parameter, REDUCTIONS[reduction])
+        return _forward(x, target, weight, pos_weight, loss.code, parameter, reduction)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -109,17 +116,16 @@ class _Loss(torch.autograd.Function):
         options = ctx.loss, ctx.parameter, ctx.reduction
         if torch.is_grad_enabled():
             return reference_gradients(_reference, (*ctx.saved_tensors, *options), ctx.needs_input_grad, dy)
-        reduction = REDUCTIONS[ctx.reduction]
-        dx, dtarget = _backward(dy, *ctx.saved_tensors, ctx.loss.code, ctx.parameter, reduction, *ctx.needs_input_grad[:2])
+        dx, dtarget = _backward(dy, *ctx.saved_tensors, ctx.loss.code, ctx.parameter, ctx.reduction, *ctx.needs_input_grad[:2])
         return dx, dtarget, None, None, None, None, None
 
 
 def _reference(
-    input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, loss: Loss, parameter: float, reduction: str
+    input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, loss: Loss, parameter: float, reduction: int
 ) -> Tensor:
     options = {loss.parameter: parameter} if loss.parameter else {}
     weights = {name: t for name, t in (("weight", weight), ("pos_weight", pos_weight)) if t is not None}
-    return loss.native(input, target, reduction=reduction, **options, **weights)
+    return loss.native(input, target, reduction=REDUCTIONS[reduction], **options, **weights)
 
 
 def _unsupported(loss: Loss, input: Any, target: Any, weight: Any = None, pos_weight: Any = None) -> str | None:
@@ -140,18 +146,8 @@ def _unsupported(loss: Loss, input: Any, target: Any, weight: Any = None, pos_we
     return None
 
 
-def _reduction_of(reduction: Any, size_average: bool | None = None, reduce: bool | None = None) -> str:
-    """The name of the reduction that the arguments ask for, two of them deprecated; ValueError if there is none."""
-    if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
-    if reduction not in REDUCTIONS:
-        _reduction.get_enum(reduction)  # raises, but for an old name of the mean
-        return "mean"
-    return reduction
-
-
 def _loss(
-    loss: Loss, input: Tensor, target: Tensor, reduction: str, parameter: float = 0.0, weight: Tensor | None = None,
+    loss: Loss, input: Tensor, target: Tensor, reduction: int, parameter: float = 0.0, weight: Tensor | None = None,
     pos_weight: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """What the public functions share: sizes, dtypes, and the choice between kernel and definition."""
@@ -214,7 +210,7 @@ def mse_loss(
     Raises:
         ValueError: ``reduction`` is unknown. RuntimeError: the sizes do not broadcast. TypeError: an argument is not a tensor.
     """
-    return _loss(MSE, input, target, _reduction_of(reduction, size_average, reduce), 0.0, weight)
+    return _loss(MSE, input, target, reduction_code(reduction, size_average, reduce), 0.0, weight)
 
 
 def l1_loss(
@@ -222,7 +218,7 @@ def l1_loss(
     weight: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """``torch.nn.functional.l1_loss``: |input - target|, and its mean or sum. See ``mse_loss``."""
-    return _loss(L1, input, target, _reduction_of(reduction, size_average, reduce), 0.0, weight)
+    return _loss(L1, input, target, reduction_code(reduction, size_average, reduce), 0.0, weight)
 
 
 def smooth_l1_loss(
@@ -230,13 +226,13 @@ def smooth_l1_loss(
 ) -> Tensor:
     """``torch.nn.functional.smooth_l1_loss``: quadratic up to |input - target| = beta, linear beyond. See ``mse_loss``;
     RuntimeError if ``beta`` is negative."""
-    return _loss(SMOOTH_L1 if beta else L1, input, target, _reduction_of(reduction, size_average, reduce), beta)
+    return _loss(SMOOTH_L1 if beta else L1, input, target, reduction_code(reduction, size_average, reduce), beta)
 
 
 def huber_loss(input: Tensor, target: Tensor, reduction: str = "mean", delta: float = 1.0, weight: Tensor | None = None) -> Tensor:
     """``torch.nn.functional.huber_loss``: delta times ``smooth_l1_loss`` with beta = delta. See ``mse_loss``;
     RuntimeError if ``delta`` is not positive."""
-    return _loss(HUBER, input, target, _reduction_of(reduction), delta, weight)
+    return _loss(HUBER, input, target, reduction_code(reduction), delta, weight)
 
 
 def binary_cross_entropy(
@@ -245,7 +241,7 @@ def binary_cross_entropy(
 ) -> Tensor:  # fmt: skip
     """``torch.nn.functional.binary_cross_entropy`` of probabilities; logarithms below -100 count as -100. See ``mse_loss``;
     RuntimeError if a number of ``input`` or ``target`` is not in [0, 1], ValueError if their sizes differ."""
-    return _loss(BCE, input, target, _reduction_of(reduction, size_average, reduce), 0.0, weight)
+    return _loss(BCE, input, target, reduction_code(reduction, size_average, reduce), 0.0, weight)
 
 
 def binary_cross_entropy_with_logits(
@@ -255,7 +251,7 @@ def binary_cross_entropy_with_logits(
     """``torch.nn.functional.binary_cross_entropy_with_logits``: of sigmoid(input), without overflow. See ``mse_loss``.
     ``weight`` and ``pos_weight``, the weight of positive targets, are constants that broadcast to input's size; ValueError if
     the sizes of ``input`` and ``target`` differ."""
-    return _loss(BCE_WITH_LOGITS, input, target, _reduction_of(reduction, size_average, reduce), 0.0, weight, pos_weight)
+    return _loss(BCE_WITH_LOGITS, input, target, reduction_code(reduction, size_average, reduce), 0.0, weight, pos_weight)
 
 
 def _supports(loss: Loss, function: Callable[..., Any]) -> Callable[..., str | None]:

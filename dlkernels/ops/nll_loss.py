@@ -18,22 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import apply_function, define
-from ..contract import needs_grad, reference_gradients
+from ..contract import REDUCTIONS, needs_grad, raise_index_error, reduction_code, reference_gradients, require_tensors, without_kernel
 from ..registry import Cost, Op, register
-from .cross_entropy import (
-    NAMES,
-    SAMPLES,
-    check,
-    code_of,
-    make,
-    raise_index_error,
-    rows_of,
-    statistics,
-    unfit,
-    widened,
-    with_option,
-    without_kernel,
-)
+from .cross_entropy import SAMPLES, check, keep_for_backward, make, rows_of, statistics, unfit, widened, with_option
 
 __all__ = ["nll_loss"]
 
@@ -67,12 +54,7 @@ class _NLLLoss(torch.autograd.Function):
     def forward(x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int) -> tuple[Tensor, Tensor]:
         return _forward(x, target, weight, reduction, ignore_index)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, target, weight, *ctx.options = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, target, weight, output[1])
+    setup_context = staticmethod(keep_for_backward)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, _ddivisor: None = None) -> tuple[Tensor | None, ...]:
@@ -85,7 +67,7 @@ class _NLLLoss(torch.autograd.Function):
 
 
 def _reference(x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int) -> Tensor:
-    return F.nll_loss(x, target, weight, reduction=NAMES[reduction], ignore_index=ignore_index)
+    return F.nll_loss(x, target, weight, reduction=REDUCTIONS[reduction], ignore_index=ignore_index)
 
 
 def _unsupported(input: Any, target: Any, weight: Any = None, ignore_index: int = -100) -> str | None:
@@ -114,11 +96,12 @@ def nll_loss(
         IndexError: a label is neither a class nor ``ignore_index`` (on a GPU the result is NaN instead).
         RuntimeError, ValueError: shapes, dtypes or options do not fit. TypeError: an argument is not a tensor.
     """
-    code = code_of(reduction, size_average, reduce)
+    code = reduction_code(reduction, size_average, reduce)
     input, weight = widened(input, weight)
     reason = _unsupported(input, target, weight, ignore_index)
     if reason is not None:
-        return without_kernel(reason, F.nll_loss, input, target, weight, reduction=NAMES[code], ignore_index=ignore_index)
+        require_tensors(("input", input), ("target", target), optional=(("weight", weight),))
+        return without_kernel(reason, F.nll_loss, input, target, weight, reduction=REDUCTIONS[code], ignore_index=ignore_index)
     args = input, target, weight, code, ignore_index
     try:
         return (apply_function(_NLLLoss, *args) if needs_grad(input) else _forward(*args))[0]

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..backend import apply_function, define
-from ..contract import autocast_dtype, in_float32, needs_grad, require_tensors, unsupported
+from ..contract import autocast_dtype, in_float32, needs_grad, require_tensors, unsupported, without_kernel
 from ..registry import Cost, Op, register
 
 __all__ = ["log_softmax", "softmax"]
@@ -92,10 +92,7 @@ def _compute(native: Callable[..., Tensor], log: bool, input: Tensor, dim: int, 
     reason = _unsupported(input, dim)
     if reason is not None:
         require_tensors(("input", input))
-        try:
-            return native(input, dim)
-        except (RuntimeError, IndexError) as error:
-            raise type(error)(f"{native.__name__}: {reason}; {error}") from error
+        return without_kernel(reason, native, input, dim)
     if not input.is_cpu and dtype is None and autocast_dtype(input) is not None:  # on the list of what autocast widens, on a GPU only
         input = in_float32(input)[0]  # type: ignore[assignment]
     if dim < 0:
