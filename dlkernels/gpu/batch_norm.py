@@ -22,7 +22,7 @@ from torch import Tensor
 from ..contract import statistics_dtype
 from .channels import View, place, view_of
 from .config import ceil_div
-from .launch import check_tensor, launch
+from .launch import check_parameters, check_tensor, launch
 
 
 @triton.jit
@@ -193,14 +193,6 @@ def batch_norm_dx(
     tl.store(dx + at, (scale[None, :] * dz).to(dx.dtype.element_ty), inside)
 
 
-def _check_channels(x: Tensor, **tensors: Tensor | None) -> None:
-    """Tensors (C,), all in x's dtype, or all in float32 where x is of a half type."""
-    given = {name: t for name, t in tensors.items() if t is not None}
-    in_float = x.dtype.itemsize == 2 and any(t.dtype == torch.float32 for t in given.values())
-    for name, t in given.items():
-        check_tensor(name, t, x.new_empty(0, dtype=torch.float32) if in_float else x, (x.shape[1],))
-
-
 def _dense(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
@@ -216,7 +208,7 @@ def train(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launcher of the training forward; shapes and errors as the op's contract says."""
     view, form = view_of(x)
-    _check_channels(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
+    check_parameters(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     M = view.N * view.S
     if M < 2 or eps <= 0:
         raise RuntimeError(f"needs more than one number per channel and eps > 0, got x of shape {tuple(x.shape)} and eps {eps}")
@@ -242,7 +234,7 @@ def evaluate(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launcher of the eval forward."""
     view, form = view_of(x)
-    _check_channels(x, weight=weight, bias=bias, running_mean=mean, running_var=var)
+    check_parameters(x, weight=weight, bias=bias, running_mean=mean, running_var=var)
     if x.numel() == 0 or eps < 0:
         raise RuntimeError(f"needs at least one number and eps >= 0, got x of shape {tuple(x.shape)} and eps {eps}")
     x = x.contiguous(memory_format=form)
@@ -257,7 +249,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Launcher of the backward kernels."""
     view, form = view_of(x)
-    _check_channels(x, weight=weight, bias=bias)
+    check_parameters(x, weight=weight, bias=bias)
     check_tensor("dy", dy, x, tuple(x.shape))
     check_tensor("stats", stats, stats if stats.dtype == statistics_dtype(x) and stats.device == x.device else x, (3, x.shape[1]))
     dy, x, stats = dy.contiguous(memory_format=form), x.contiguous(memory_format=form), stats.contiguous()

@@ -108,6 +108,14 @@ def check_tensor(name: str, t: Tensor, like: Tensor, shape: tuple[int, ...]) -> 
         raise RuntimeError(f"{name} must have shape {shape}, got {tuple(t.shape)}")
 
 
+def check_parameters(x: Tensor, **parameters: Tensor | None) -> None:
+    """Require of every parameter that is there: [x.shape[1]], all in x's dtype, or all float32 beside an x of a half type."""
+    given = {name: t for name, t in parameters.items() if t is not None}
+    mixed = x.dtype.itemsize == 2 and any(t.dtype == torch.float32 for t in given.values())
+    for name, t in given.items():
+        check_tensor(name, t, x.new_empty(0, dtype=torch.float32) if mixed else x, (x.shape[1],))
+
+
 def check_seed(seed: Tensor, like: Tensor) -> None:
     """Require of ``seed``: one int64 on the device of ``like``; RuntimeError where it is not."""
     if type(seed) is not Tensor or seed.dtype != torch.int64 or tuple(seed.shape) != (1,) or seed.device != like.device:

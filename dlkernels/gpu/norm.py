@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..contract import statistics_dtype
 from . import philox
-from .launch import check_tensor, device_of, launch
+from .launch import check_parameters, check_tensor, device_of, launch
 from .philox import as_float64, factor, words
 
 # The longest row that a program holds: forward, backward, and backward with dropout.
@@ -224,12 +224,7 @@ def check_rows(x: Tensor, weight: Tensor | None, bias: Tensor | None, name: str 
     if x.dim() != 2:
         raise RuntimeError(f"{name} must have 2 dimensions, got {x.dim()}")
     check_tensor(name, x, x, tuple(x.shape))
-    one = bias if weight is None else weight
-    mixed = one is not None and one.dtype == torch.float32 and x.dtype.itemsize == 2
-    like = torch.empty(0, dtype=torch.float32, device=x.device) if mixed else x
-    for parameter, t in (("weight", weight), ("bias", bias)):
-        if t is not None:
-            check_tensor(parameter, t, like, tuple(x.shape[1:]))
+    check_parameters(x, weight=weight, bias=bias)
 
 
 def check_statistics(x: Tensor, mean: Tensor | None, rstd: Tensor) -> None:
