@@ -13,7 +13,7 @@ try:
     import pybind11
     from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler
 except ModuleNotFoundError as missing:
-    sys.exit(f"{missing}: building dlkernels needs `pip install 'torch>=2.10' pybind11 ninja` first, or pip without --no-build-isolation")
+    sys.exit(f"{missing}: building dlkernels needs `pip install 'torch>=2.11' pybind11 ninja` first, or pip without --no-build-isolation")
 
 NO_COMPILER = """
 dlkernels compiles C++ kernels, and there is no C++ compiler {compiler!r} on the PATH. Install one and try again:
@@ -42,7 +42,7 @@ FLAGS = [
     "-ffp-contract=fast",
     "-fvisibility=hidden",
     "-Wno-psabi",
-    "-DTORCH_TARGET_VERSION=0x020a000000000000",  # the stable ABI of torch 2.10: one binary for every torch since
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",  # the stable ABI of torch 2.11: one binary for every torch since
 ]
 
 

@@ -52,7 +52,7 @@ def test_metadata() -> None:
     assert meta["Requires-Python"] == ">=3.10"
     assert {"test", "bench", "course"} <= set(meta.get_all("Provides-Extra") or [])
     needs = importlib.metadata.requires("dlkernels") or []
-    assert "torch>=2.10" in needs
+    assert "torch>=2.11" in needs
     (triton,) = (need for need in needs if need.startswith("triton"))
     assert "Linux" in triton and "x86_64" in triton
     extras_only = {"scikit-learn", "matplotlib", "pytest", "ruff", "mypy"}

@@ -18,9 +18,11 @@ Activation checked_activation(const char* op, int64_t code, double a, double b) 
 
 // out[n] = f(in[n]...) for n in [begin, end); out may be one of the arrays in. f comes by value: the constants that it holds then stay in
 // registers, while those of a reference would have to be read again after every store. Unrolling gains nothing here, fetching ahead loses.
-template <class T, class F, class... In> void map(int64_t begin, int64_t end, F f, T* out, const In*... in) {
+template <class T, class F, class... In> void map(Destination to, int64_t begin, int64_t end, F f, T* out, const In*... in) {
     constexpr int V = VL<compute_t<T>>;
     int64_t n = begin;
+    if (to.past_caches)
+        for (; n + V <= end; n += V) to.store(out + n, f(load(in + n)...));
     for (; n + V <= end; n += V) store(out + n, f(load(in + n)...));
     if (n < end) store(out + n, f(load(in + n, int(end - n))...), int(end - n));
 }
@@ -31,7 +33,7 @@ void forward(const Activation& act, const Tensor& x, const Tensor& y) {
         auto from = static_cast<const T*>(x.data_ptr());
         auto to = static_cast<T*>(y.data_ptr());
         act.with<compute_t<T>>([=, N = x.numel()](auto value, auto) {
-            each_stretch(N, [=](int64_t begin, int64_t end) { map(begin, end, value, to, from); });
+            each_stretch(N, [=](int64_t begin, int64_t end) { map({to, N * int64_t(sizeof(T))}, begin, end, value, to, from); });
         });
     });
 }
@@ -60,7 +62,7 @@ Tensor activation_backward(Tensor dy, Tensor saved, int64_t activation, double a
         auto slope = static_cast<const T*>(ds.data_ptr()), kept = static_cast<const T*>(ss.data_ptr());
         auto to = static_cast<T*>(dx.data_ptr());
         act.with<compute_t<T>>([=, N = dx.numel()](auto, auto gradient) {
-            each_stretch(N, [=](int64_t begin, int64_t end) { map(begin, end, gradient, to, slope, kept); });
+            each_stretch(N, [=](int64_t begin, int64_t end) { map({to, N * int64_t(sizeof(T))}, begin, end, gradient, to, slope, kept); });
         });
     });
     return dx;

@@ -183,6 +183,7 @@ template <class T> compute_t<T> divisor_of(const Target<T>& target, int64_t redu
     using C = compute_t<T>;
     if (reduction != MEAN) return 1;
     if (!target.labels) return R;
+    if (!target.weight) return R - std::count(target.labels, target.labels + R, target.ignored);
     std::vector<C> masses(R);
     for (int64_t r = 0; r < R; r++) masses[r] = target.keeps(r) ? target.weight_of(target.labels[r]) : 0;
     return total_of(masses.data(), R);

@@ -1,7 +1,7 @@
 // nll_loss: minus the log-probability of every row's label, weighted; its gradient is zero but for one number a row.
 //
 // Memory is all there is to it: forward one number in N is read, backward a tensor of zeros is written and then those numbers.
-// One thread visits the rows: they are few beside the numbers that whoever made the log-probabilities had to touch.
+// Nearly every row costs a wait for memory, and threads wait side by side.
 #include <cstring>
 
 #include "cross_entropy.h"
@@ -13,9 +13,12 @@ constexpr const char* BACKWARD = "nll_loss_backward";
 
 // f(row, where its label's number lies, weight of the label) for every row whose label counts
 template <class T, class F> void each_label(const Classes& size, const Target<T>& target, const F& f) {
-    for (int64_t m = 0, row = 0; m < size.M; m++)
-        for (int64_t d = 0; d < size.D; d++, row++)
-            if (target.keeps(row)) f(row, (m * size.N + target.labels[row]) * size.D + d, target.weight_of(target.labels[row]));
+    constexpr int64_t FEW_ROWS = 2048;
+    parallel(size.M, [&](int64_t begin, int64_t end) {
+        for (int64_t m = begin, row = begin * size.D; m < end; m++)
+            for (int64_t d = 0; d < size.D; d++, row++)
+                if (target.keeps(row)) f(row, (m * size.N + target.labels[row]) * size.D + d, target.weight_of(target.labels[row]));
+    }, size.M * size.D <= FEW_ROWS);
 }
 
 LossArguments checked_arguments(const char* op, const Tensor& x, const Tensor& target, const std::optional<Tensor>& weight,

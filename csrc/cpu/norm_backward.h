@@ -52,11 +52,12 @@ template <class T, class W> struct NormBackward : Norm<T, W> {
     void map_row(int64_t m, int64_t begin, int64_t end, Sums sums) const {
         const Row<C> row = this->row(m);
         const V c1 = set(this->centred() ? sums.g / C(N) * rstd[m] : C(0)), c2 = set(sums.gx / C(N) * rstd[m]);
+        const Destination to(dx, M * N * sizeof(T), N * sizeof(T));
         each_vector<C, 1>(begin, end, [&](int, int64_t n, int lanes) INLINE {
             const int64_t at = m * N + n;
             V normal = row.normalised(load(x + at, lanes)), w = load_or(weight, n, lanes, C(1));
             V d = load(dy + at, lanes) * w * row.rstd - c1 - normal * c2;
-            store(dx + at, dsum ? d + load(dsum + at, lanes) : d, lanes);
+            to.store(dx + at, dsum ? d + load(dsum + at, lanes) : d, lanes);
         });
     }
 

@@ -1,9 +1,10 @@
-// The bridge to PyTorch, and the only file that includes it: the stable ABI of torch 2.10, so one binary serves every torch since.
+// The bridge to PyTorch, and the only file that includes it: the stable ABI of torch 2.11, so one binary serves every torch since.
 //
 // Kernels get a Matrix: a checked pointer with sizes and strides. `checked` is the one entrance: shape, dtype, device and layout are
 // compared there, because torch.ops.dlkernels.* can be called without the Python in front of it.
 #pragma once
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -14,10 +15,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "pool.h"
 #include "simd.h"
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 using Tensor = torch::stable::Tensor;
 using torch::headeronly::ScalarType;
@@ -86,23 +85,40 @@ inline const Tensor& ranked(const char* op, const char* name, const Tensor& t, i
     return t;
 }
 
+inline int64_t element_size(ScalarType dtype) {
+    switch (dtype) {
+        case ScalarType::Double:
+        case ScalarType::Long: return 8;
+        case ScalarType::Float:
+        case ScalarType::Int: return 4;
+        case ScalarType::BFloat16:
+        case ScalarType::Half: return 2;
+        default: fail("a result cannot have dtype ", toString(dtype));
+    }
+}
+
 // An uninitialised tensor, from the C interface underneath torch::stable: new_empty there goes through the dispatcher, which takes as long
-// as a small product. The system maps a fresh large one page by page as it is first written; we ask for large pages.
+// as a small product. Large ones live in memory of the pool. Strides are those of numbers that lie densely, in any order.
 inline Tensor empty_strided(ScalarType dtype, size_t rank, const int64_t* sizes, const int64_t* strides) {
+    constexpr double TOO_LARGE = double(int64_t(1) << 46);  // for the torch that is asked below to refuse
     AtenTensorHandle handle;
-    if (aoti_torch_empty_strided(rank, sizes, strides, int32_t(dtype), aoti_torch_device_type_cpu(), 0, &handle)) {  // 0: all went well
+    double bytes = double(element_size(dtype));
+    for (size_t i = 0; i < rank; i++) bytes *= double(sizes[i]);
+    if (bytes >= double(Pool::SMALLEST) && bytes < TOO_LARGE)
+        if (void* start = Pool::shared().take(size_t(bytes))) {
+            auto give = [](void* memory, void* size) { Pool::shared().give(memory, reinterpret_cast<size_t>(size)); };
+            void* size = reinterpret_cast<void*>(size_t(bytes));
+            if (!torch_from_blob(start, rank, sizes, strides, 0, int32_t(dtype), aoti_torch_device_type_cpu(), -1, &handle,
+                                 aoti_torch_layout_strided(), nullptr, 0, give, size))  // 0: all went well
+                return Tensor(handle);
+            give(start, size);
+        }
+    if (aoti_torch_empty_strided(rank, sizes, strides, int32_t(dtype), aoti_torch_device_type_cpu(), 0, &handle)) {
         std::ostringstream text;
         for (size_t i = 0; i < rank; i++) text << (i ? " x " : "") << sizes[i];
         fail("not enough memory for a result of ", rank ? text.str() : "1", " elements of type ", toString(dtype));
     }
-    Tensor t(handle);
-#ifdef MADV_HUGEPAGE
-    constexpr uintptr_t PAGE = 2 << 20;
-    uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr()), end = begin + t.numel() * t.element_size();
-    begin = (begin + PAGE - 1) / PAGE * PAGE, end = end / PAGE * PAGE;
-    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-    return t;
+    return Tensor(handle);
 }
 
 // The same, row-major: of a dtype and shape, of another tensor's dtype, or like it in both.

@@ -112,6 +112,25 @@ template <class V, class T> inline void store_raw(T* p, V v, int n) {
     memcpy(p, &v, n * sizeof(T));
 }
 
+// A store past the caches, and what makes those before it visible to other threads. p is a multiple of the size of V.
+template <class V, class T> inline void stream_raw(T* p, V v) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(V) == 64) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bits_as<__m512i>(v));
+#endif
+#if defined(__AVX__)
+    if constexpr (sizeof(V) == 32) return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bits_as<__m256i>(v));
+#endif
+#if defined(__SSE2__)
+    if constexpr (sizeof(V) == 16) return _mm_stream_si128(reinterpret_cast<__m128i*>(p), bits_as<__m128i>(v));
+#endif
+    store_raw(p, v);
+}
+inline void stream_fence() {
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+}
+
 // The 64-bit products of the lower halves of 64-bit lanes.
 inline vec<uint64_t> multiply_low(vec<uint64_t> a, vec<uint64_t> b) {
 #if defined(__AVX512F__)

@@ -33,7 +33,10 @@ template <class T> inline vec<compute_t<T>> exp_nonpositive(vec<compute_t<T>> x)
     vec<C> y = (1 + (r + r * r * polynomial(short_exp<T>::exp, r))) * exponent<C>(bits_as<bits<C>>(shifted));
     return x < LOW ? vec<C>{} : y;
 }
-template <class T> inline compute_t<T> number(const T* p) { return load(p, 1)[0]; }
+template <class T> inline compute_t<T> number(const T* p) {
+    if constexpr (sizeof(T) == 2) return load(p, 1)[0];
+    else return *p;
+}
 
 template <class C> using full = std::integral_constant<int, VL<C>>;  // as a type: the loop without a tail is compiled without one
 

@@ -15,6 +15,7 @@ import torch
 
 SHORTEST_SAMPLE = 200e-6  # a sample repeats its call until it lasts this long, thousands of timer ticks
 L2_FLUSH_BYTES = 256 << 20  # more than any GPU's level-2 cache
+LARGEST_KEPT = (32 << 20) - (1 << 16)  # bytes of the largest block that glibc's malloc keeps when it is freed, once it has seen one
 
 Call = Callable[[], object]
 
@@ -110,6 +111,7 @@ def interleave(
     names = list(calls)
     samples: dict[str, list[float]] = {name: [] for name in names}
     try:
+        torch.empty(LARGEST_KEPT, dtype=torch.uint8)  # let malloc see one, as in any program that has run for a while
         with no_garbage_collection():
             repeats = {name: _warm_up(clock, call, warmup) for name, call in calls.items()}
             start = time.perf_counter()
