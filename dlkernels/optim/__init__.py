@@ -4,6 +4,13 @@ from typing import Any
 
 import torch.optim as _torch
 
+from .adam import Adam, AdamW
+from .clip import clip_grad_norm_
+from .rmsprop import RMSprop
+from .sgd import SGD
+
+__all__ = ["SGD", "Adam", "AdamW", "RMSprop", "clip_grad_norm_"]
+
 
 def __getattr__(name: str) -> Any:
     return getattr(_torch, name)
