@@ -27,7 +27,7 @@ assert Path(dlkernels.__file__).is_relative_to(Path.cwd()), dlkernels.__file__
 assert "squared_relu" in dlkernels.OPS
 if not dlkernels.backend.TRITON_ON_CPU:
     load("squared_relu", ["csrc/cpu/squared_relu.cpp"], extra_include_paths=[sys.argv[1]], build_directory=".", is_python_module=False,
-         extra_cflags=["-O1", "-fvisibility=hidden", "-Wno-psabi", "-DTORCH_TARGET_VERSION=0x020a000000000000"])
+         extra_cflags=["-O1", "-fvisibility=hidden", "-Wno-psabi", "-DTORCH_TARGET_VERSION=0x020b000000000000"])
 sys.exit(pytest.main([*sys.argv[2:], "-q", "-p", "no:cacheprovider"]))
 """
 

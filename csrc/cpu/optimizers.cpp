@@ -212,7 +212,6 @@ template <int P> double norm(const std::vector<Entry>& entries) {
 
 Tensor total_norm(Tensors tensors, double norm_type) {
     constexpr const char* OP = "total_norm";
-    if (tensors.empty()) fail(OP, ": tensors is empty, needs at least one");
     if (norm_type != 1 && norm_type != 2 && norm_type != std::numeric_limits<double>::infinity())
         fail(OP, ": norm_type is ", norm_type, ", needs 1, 2 or inf");
     Entries entries(OP, {{"tensors", tensors}});
