@@ -41,14 +41,6 @@ class Adam(_Adam, torch.optim.Adam):
     float32. Raises ValueError for arguments out of range or a parameter given twice.
     """
 
-    def __init__(self, *args: Any, max_grad_norm: float | None = None, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._set_max_grad_norm(max_grad_norm)
-
 
 class AdamW(_Adam, torch.optim.AdamW):
     """``torch.optim.AdamW``: Adam whose weight decay does not pass through the moments. See ``Adam``."""
-
-    def __init__(self, *args: Any, max_grad_norm: float | None = None, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._set_max_grad_norm(max_grad_norm)

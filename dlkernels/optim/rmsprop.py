@@ -15,10 +15,6 @@ from .step import KernelStep, new_moment, new_step
 class RMSprop(KernelStep, torch.optim.RMSprop):
     """``torch.optim.RMSprop``, centered or not, with momentum, all its arguments, state_dict and groups. See ``Adam`` for the rest."""
 
-    def __init__(self, *args: Any, max_grad_norm: float | None = None, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._set_max_grad_norm(max_grad_norm)
-
     def _update(self, group: Mapping[str, Any], params: list[Tensor], grads: list[Tensor], tail: tuple[Any, ...]) -> None:
         used = {"square_avg": True, "grad_avg": group["centered"], "momentum_buffer": group["momentum"] > 0}
         states = [self.state[p] for p in params]

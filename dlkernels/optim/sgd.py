@@ -15,10 +15,6 @@ from .step import KernelStep, new_moment
 class SGD(KernelStep, torch.optim.SGD):
     """``torch.optim.SGD`` with momentum, dampening and nesterov, all its arguments, state_dict and groups. See ``Adam`` for the rest."""
 
-    def __init__(self, *args: Any, max_grad_norm: float | None = None, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._set_max_grad_norm(max_grad_norm)
-
     def _update(self, group: Mapping[str, Any], params: list[Tensor], grads: list[Tensor], tail: tuple[Any, ...]) -> None:
         if group["momentum"] == 0:
             return self._run(group, params, grads, [], False, tail)

@@ -9,6 +9,7 @@ Everything else, param groups, state_dict, hooks, schedulers, GradScaler, is tor
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -27,14 +28,22 @@ class KernelStep(torch.optim.Optimizer):
     ``differentiable=True``, other devices than cpu and cuda, and torch.compile. ``foreach`` and ``fused`` choose among torch's loops;
     ours is one kernel whatever they say."""
 
-    max_grad_norm: float | None = None
+    __signature__: inspect.Signature
     grad_norm: Tensor | None = None  # before clipping, of the last step that clipped
     _step_supports_amp_scaling = True  # a GradScaler then leaves `grad_scale` and `found_inf` here instead of a pass of its own
 
     def _update(self, group: Mapping[str, Any], params: list[Tensor], grads: list[Tensor], tail: tuple[Any, ...]) -> None:
         raise NotImplementedError
 
-    def _set_max_grad_norm(self, max_grad_norm: float | None) -> None:
+    def __init_subclass__(cls) -> None:
+        """What ``help`` and editors show is torch's signature and ``max_grad_norm``."""
+        super().__init_subclass__()
+        torchs = inspect.signature(super().__init__)
+        more = inspect.Parameter("max_grad_norm", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="float | None")
+        cls.__signature__ = torchs.replace(parameters=[*list(torchs.parameters.values())[1:], more], return_annotation=torchs.empty)
+
+    def __init__(self, *args: Any, max_grad_norm: float | None = None, **options: Any) -> None:
+        super().__init__(*args, **options)
         _check_positive(max_grad_norm=max_grad_norm)
         self.max_grad_norm = max_grad_norm
 
