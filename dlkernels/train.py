@@ -48,13 +48,14 @@ def training_step(
     max_norm: float,
     x: Tensor,
     y: Tensor,
+    clip_grad_norm_: Callable[..., Tensor] = torch.nn.utils.clip_grad_norm_,
 ) -> float:
     """The six steps; returns the loss before the update."""
     optimizer.zero_grad()  # 1. forget the last batch's gradients
     logits = model(x)  # 2. forward: predict
     loss = loss_fn(logits, y)  # 3. how wrong, as one number
     loss.backward()  # 4. backward: d loss / d parameter, for every parameter
-    torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)  # 5. a wild batch may turn the weights, not throw them
+    clip_grad_norm_(model.parameters(), max_norm)  # 5. a wild batch may turn the weights, not throw them
     optimizer.step()  # 6. move every parameter a little downhill
     return loss.item()
 
@@ -82,6 +83,7 @@ class Run:
             self.model = spec.build(nn).to(self.device, dtype)  # drawn in float32 on the CPU, whatever follows
         self.loss = spec.loss(nn)
         self.optimizer = optim.AdamW(self.model.parameters(), lr=spec.lr, weight_decay=spec.weight_decay)
+        self.clip = _clip_of(optim)
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=max(epochs, 1))
         provider = "eager" if nn is torch.nn else "dlkernels"
         self.history = History(spec.name, provider, sum(p.numel() for p in self.model.parameters()))
@@ -97,9 +99,8 @@ class Run:
         self.model.train()
         with _random_numbers(seed, self.device):  # for dropout
             for batch in rows.split(self.spec.batch_size):
-                losses.append(
-                    training_step(self.model, self.loss, self.optimizer, self.spec.max_norm, data.x_train[batch], data.y_train[batch])
-                )
+                x, y = data.x_train[batch], data.y_train[batch]
+                losses.append(training_step(self.model, self.loss, self.optimizer, self.spec.max_norm, x, y, self.clip))
         self.scheduler.step()
         val_loss, val_accuracy = evaluate(self.model, self.loss, data.x_val, data.y_val)
         history.train_loss.append(sum(losses) / len(losses))
@@ -188,7 +189,7 @@ def time_steps(spec: ModelSpec, device: torch.device | str = "cpu", min_seconds:
             model = spec.build(nn).to(device)
         optimizer = optim.AdamW(model.parameters(), lr=spec.lr, weight_decay=spec.weight_decay)
         loss = spec.loss(nn)
-        return lambda: training_step(model, loss, optimizer, spec.max_norm, x, y)
+        return lambda: training_step(model, loss, optimizer, spec.max_norm, x, y, _clip_of(optim))
 
     steps = {"eager": step_of(torch.nn, torch.optim), "dlkernels": step_of(dlkernels.nn, dlkernels.optim)}
     return interleave(steps, min_seconds=min_seconds, min_samples=30, device=device, cold=False)
@@ -220,6 +221,10 @@ def _find(spec: ModelSpec | str) -> ModelSpec:
 
 def _optim_of(nn: ModuleType) -> ModuleType:
     return torch.optim if nn is torch.nn else dlkernels.optim
+
+
+def _clip_of(optim: ModuleType) -> Callable[..., Tensor]:
+    return getattr(optim, "clip_grad_norm_", torch.nn.utils.clip_grad_norm_)
 
 
 @contextmanager

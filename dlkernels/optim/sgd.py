@@ -18,20 +18,26 @@ class SGD(KernelStep, torch.optim.SGD):
     def _update(self, group: Mapping[str, Any], params: list[Tensor], grads: list[Tensor], tail: tuple[Any, ...]) -> None:
         if group["momentum"] == 0:
             return self._run(group, params, grads, [], False, tail)
-        for first in (False, True):  # at its first step a parameter has no buffer, and the gradient becomes it
-            these = [(p, g) for p, g in zip(params, grads, strict=True) if (self.state[p].get("momentum_buffer") is None) == first]
-            if first:
-                for p, _ in these:
-                    self.state[p]["momentum_buffer"] = new_moment(p)
-            if these:
-                of_these, grads_of_these = map(list, zip(*these, strict=True))
-                self._run(group, of_these, grads_of_these, [self.state[p]["momentum_buffer"] for p in of_these], first, tail)
+        buffers = [self.state[p].get("momentum_buffer") for p in params]
+        fresh = [i for i, buffer in enumerate(buffers) if buffer is None]  # at its first step a parameter's gradient becomes its buffer
+        for i in fresh:
+            buffers[i] = self.state[params[i]]["momentum_buffer"] = new_moment(params[i])
+        if 0 < len(fresh) < len(params):
+            rest = sorted(set(range(len(params))) - set(fresh))
+            for places, first in ((fresh, True), (rest, False)):
+                self._run(group, *_chosen(places, params, grads, buffers), first, tail)
+        else:
+            self._run(group, params, grads, buffers, bool(fresh), tail)
 
     def _run(
-        self, group: Mapping[str, Any], params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], first: bool, tail: tuple[Any, ...]
+        self, group: Mapping[str, Any], params: list[Tensor], grads: list[Tensor], buffers: list[Any], first: bool, tail: tuple[Any, ...]
     ) -> None:
         factor, found_inf, zero_grad = tail
         sgd_(
             params, grads, buffers, factor, found_inf, float(group["lr"]), float(group["momentum"]), float(group["dampening"]),
             float(group["weight_decay"]), group["nesterov"], group["maximize"], first, zero_grad,
         )  # fmt: skip
+
+
+def _chosen(places: list[int], params: list[Tensor], grads: list[Tensor], buffers: list[Any]) -> tuple[list[Tensor], list[Tensor], list[Any]]:
+    return [params[i] for i in places], [grads[i] for i in places], [buffers[i] for i in places]
