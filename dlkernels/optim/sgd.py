@@ -39,5 +39,6 @@ class SGD(KernelStep, torch.optim.SGD):
         )  # fmt: skip
 
 
-def _chosen(places: list[int], params: list[Tensor], grads: list[Tensor], buffers: list[Any]) -> tuple[list[Tensor], list[Tensor], list[Any]]:
-    return [params[i] for i in places], [grads[i] for i in places], [buffers[i] for i in places]
+def _chosen(places: list[int], *lists: list[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+    params, grads, buffers = ([of[i] for i in places] for of in lists)
+    return params, grads, buffers
