@@ -10,7 +10,7 @@ import pytest
 import dlkernels
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
-import optimizers as race  # noqa: E402
+import optimizers as race
 
 
 def test_every_race_is_run_and_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,6 +102,8 @@ class KernelStep(torch.optim.Optimizer):
             return self._native_step(loss)
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         factor, found_inf = self._factor([grads for _, _, grads in parts], scale if grad_scale is None else grad_scale, found_inf, max_norm)
+        if found_inf is not None and found_inf.is_cpu and found_inf.item():  # elsewhere the kernels look, and nobody waits
+            return loss
         for group, params, grads in parts:
             device = params[0].device
             tail = tuple(t if t is None or t.device == device else t.to(device) for t in (factor, found_inf))
