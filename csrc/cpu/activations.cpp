@@ -21,7 +21,7 @@ Activation checked_activation(const char* op, int64_t code, double a, double b) 
 template <class T, class F, class... In> void map(Destination to, int64_t begin, int64_t end, F f, T* out, const In*... in) {
     constexpr int V = VL<compute_t<T>>;
     int64_t n = begin;
-    if (to.past_caches)
+    if (to.past_caches)  // asked once, not at every store
         for (; n + V <= end; n += V) to.store(out + n, f(load(in + n)...));
     for (; n + V <= end; n += V) store(out + n, f(load(in + n)...));
     if (n < end) store(out + n, f(load(in + n, int(end - n))...), int(end - n));

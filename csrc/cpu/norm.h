@@ -1,6 +1,6 @@
 // Rows of numbers, normalised: what layer_norm, rms_norm and their fusions with a sum share.
 //
-//   forward    x [M, N] -> y = x^ w + b with x^ = (x - mean) rstd       three looks at a row, of which only the first goes to memory
+//   forward    x [M, N] -> y = x^ w + b with x^ = (x - mean) rstd       two looks at a row and one at its first eighth; one goes to memory
 //   backward   norm_backward.h
 //
 // One row after the other: two interleaved rows halve the speed where the result goes to memory, as the loads of one then wait for pending
