@@ -1,4 +1,4 @@
-"""The tables behind the optimizers' launches: made anew when an address changes, one for each combination of dtypes, every tensor checked."""
+"""The tables behind the optimizers' launches: made anew when an address changes, one for each set of dtypes, every tensor checked."""
 
 from __future__ import annotations
 
