@@ -46,14 +46,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_forward(Tensor x, Tens
     checked_parameters(FORWARD, x, {{"weight", weight}, {"bias", bias}});
     const std::optional<Dropout> dropout = checked_dropout(FORWARD, seed, p);
     Tensor y = empty(x, {M, N}), s = empty(x, {M, N}), mean = empty(statistics_type(x), {2, M}), rstd = empty(statistics_type(x), {M});
-    Tensor xs = dense(x), residuals = dense(residual), ws = weight ? dense(*weight) : x, bs = bias ? dense(*bias) : x;
+    Tensor xs = dense(x), residuals = dense(residual);
+    if (weight) weight = readable(*weight, x);
+    if (bias) bias = readable(*bias, x);
     with_types(FORWARD, x, weight ? weight : bias, [&](auto type, auto parameter) {
         using T = decltype(type);
         using W = decltype(parameter);
         using C = compute_t<T>;
         const T *from = data<T>(xs), *and_from = data<T>(residuals);
         T* to = data<T>(s);
-        Norm<T, W> norm{M, N, to, weight ? data<W>(ws) : nullptr, bias ? data<W>(bs) : nullptr, data<C>(mean), data<C>(rstd)};
+        Norm<T, W> norm{M, N, to, weight ? data<W>(*weight) : nullptr, bias ? data<W>(*bias) : nullptr, data<C>(mean), data<C>(rstd)};
         norm.forward(data<T>(y), C(eps), [&](int64_t m, int64_t begin, int64_t end) {
             if (dropout) drop_and_add(*dropout, m, from + m * N, and_from + m * N, to + m * N, begin, end);
             else add(from + m * N, and_from + m * N, to + m * N, begin, end);

@@ -13,13 +13,15 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(Tensor x, std::optional<Te
     checked(FORWARD, "x", x, x.scalar_type(), {M, N});
     checked_parameters(FORWARD, x, {{"weight", weight}, {"bias", bias}});
     Tensor y = empty(x, {M, N}), mean = centred ? empty(statistics_type(x), {2, M}) : Tensor(), rstd = empty(statistics_type(x), {M});
-    Tensor xs = dense(x), ws = weight ? dense(*weight) : x, bs = bias ? dense(*bias) : x;
+    Tensor xs = dense(x);
+    if (weight) weight = readable(*weight, x);
+    if (bias) bias = readable(*bias, x);
     with_types(FORWARD, x, weight ? weight : bias, [&](auto type, auto parameter) {
         using T = decltype(type);
         using W = decltype(parameter);
         using C = compute_t<T>;
-        Norm<T, W> norm{M, N, data<T>(xs), weight ? data<W>(ws) : nullptr, bias ? data<W>(bs) : nullptr, centred ? data<C>(mean) : nullptr,
-                        data<C>(rstd)};
+        Norm<T, W> norm{M, N, data<T>(xs), weight ? data<W>(*weight) : nullptr, bias ? data<W>(*bias) : nullptr,
+                        centred ? data<C>(mean) : nullptr, data<C>(rstd)};
         norm.forward(data<T>(y), C(eps), [](int64_t, int64_t, int64_t) {});
     });
     return {y, mean, rstd};
