@@ -8,7 +8,6 @@
 #pragma once
 #include <algorithm>
 #include <numeric>
-#include <utility>
 #include <vector>
 
 #include "op.h"
@@ -21,6 +20,7 @@ struct NamedList {
     const char* name;
     const Tensors& tensors;  // one per parameter, or none at all
     bool may_widen = false;  // may be float beside a half type
+    bool written = true;     // a copy of one that is only read need not go back
 };
 
 struct Entry {
@@ -31,11 +31,12 @@ struct Entry {
 
 struct Entries {
     std::vector<Entry> all;
-    std::vector<std::pair<Tensor, Tensor>> copies;  // (original, copy)
+    struct Copy { Tensor original, copy; bool written; };
+    std::vector<Copy> copies;
 
     // Every tensor is checked before any is touched. The first list says how many there are and of which shape and dtype.
     Entries(const char* op, std::initializer_list<NamedList> lists) : all(lists.begin()->tensors.size()) {
-        for (const auto& [name, tensors, may_widen] : lists)
+        for (const auto& [name, tensors, may_widen, written] : lists)
             if (!tensors.empty() && tensors.size() != all.size())
                 fail(op, ": ", name, " has ", tensors.size(), " tensors, needs ", all.size(), " like ", lists.begin()->name);
         std::vector<char> done(all.size());  // to look at thousands of tensors is to wait for memory: threads wait side by side
@@ -46,10 +47,8 @@ struct Entries {
             if (!done[i]) place(lists, i);
     }
     void write_back() const {
-        for (const auto& [original, copy] : copies) {
-            Tensor to = original;
-            torch::stable::copy_(to, copy);
-        }
+        for (const Copy& c : copies)
+            if (Tensor to = c.original; c.written) torch::stable::copy_(to, c.copy);
     }
 
    private:
@@ -78,7 +77,7 @@ struct Entries {
         const Tensor& first = lists.begin()->tensors[i];
         all[i] = {{}, first.defined() ? first.numel() : 0, first.scalar_type(), first.scalar_type()};
         with_type(op, all[i].type, [](auto) {});
-        for (const auto& [name, tensors, may_widen] : lists) {
+        for (const auto& [name, tensors, may_widen, written] : lists) {
             if (tensors.empty()) continue;
             if (may_widen && first.element_size() == 2 && tensors[i].scalar_type() == ScalarType::Float) all[i].wide = ScalarType::Float;
             try {
@@ -99,7 +98,7 @@ struct Entries {
             if (list.tensors.empty()) continue;
             const Tensor& t = list.tensors[i];
             if (as_it_is || t.is_contiguous()) array = t.data_ptr();
-            else copies.emplace_back(t, contiguous_copy(t)), array = copies.back().second.data_ptr();
+            else copies.push_back({t, contiguous_copy(t), list.written}), array = copies.back().copy.data_ptr();
         }
     }
     // Whether the numbers fill a stretch of memory, in any order.

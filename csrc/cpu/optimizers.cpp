@@ -85,7 +85,7 @@ void adam_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs,
            std::optional<Tensor> factor, std::optional<Tensor> found_inf, double lr, double beta1, double beta2, double eps,
            double weight_decay, bool decoupled, bool maximize, bool zero_grads) {
     constexpr const char* OP = "adam_";
-    Entries entries(OP, {{"params", params}, {"grads", grads}, {"exp_avgs", exp_avgs, true}, {"exp_avg_sqs", exp_avg_sqs, true},
+    Entries entries(OP, {{"params", params}, {"grads", grads, false, zero_grads}, {"exp_avgs", exp_avgs, true}, {"exp_avg_sqs", exp_avg_sqs, true},
                          {"max_exp_avg_sqs", max_exp_avg_sqs, true}});
     Steps counts(OP, steps, params.size());
     Gradient gradient(OP, factor, maximize, zero_grads);
@@ -106,7 +106,7 @@ void adam_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs,
 void sgd_(Tensors params, Tensors grads, Tensors buffers, std::optional<Tensor> factor, std::optional<Tensor> found_inf, double lr,
           double momentum, double dampening, double weight_decay, bool nesterov, bool maximize, bool first, bool zero_grads) {
     constexpr const char* OP = "sgd_";
-    Entries entries(OP, {{"params", params}, {"grads", grads}, {"momentum_buffers", buffers, true}});
+    Entries entries(OP, {{"params", params}, {"grads", grads, false, zero_grads}, {"momentum_buffers", buffers, true}});
     Gradient gradient(OP, factor, maximize, zero_grads);
     if (is_set(OP, found_inf)) return;
     each_part(entries.all, [&](size_t i, int64_t begin, int64_t end) {
@@ -149,7 +149,7 @@ void rmsprop_(Tensors params, Tensors grads, Tensors square_avgs, Tensors grad_a
               double momentum, bool maximize, bool zero_grads) {
     constexpr const char* OP = "rmsprop_";
     const bool centered = !grad_avgs.empty();
-    Entries entries(OP, {{"params", params}, {"grads", grads}, {"square_avgs", square_avgs, true},
+    Entries entries(OP, {{"params", params}, {"grads", grads, false, zero_grads}, {"square_avgs", square_avgs, true},
                          {centered ? "grad_avgs" : "momentum_buffers", centered ? grad_avgs : buffers, true},
                          {"momentum_buffers", centered ? buffers : grad_avgs, true}});
     Steps counts(OP, steps, params.size());

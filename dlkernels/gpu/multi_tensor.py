@@ -58,8 +58,9 @@ class Group(NamedTuple):
             original.copy_(copy)
 
 
-def groups(lists: dict[str, tuple[Tensors, bool]]) -> list[Group]:
+def groups(lists: dict[str, tuple[Tensors, bool]], only_read: str = "") -> list[Group]:
     """The entries of ``lists`` (name: tensors, whether they may be float32 beside a half type; empty lists are absent ones) in groups.
+    Copies of the list ``only_read`` are not written back.
 
     Raises:
         RuntimeError, TypeError: a list or a tensor does not fit the first list's.
@@ -76,19 +77,19 @@ def groups(lists: dict[str, tuple[Tensors, bool]]) -> list[Group]:
             widened = lists[name][1] and like.dtype.itemsize == 2 and t.dtype == torch.float32
             check_tensor(f"{name}[{i}]", t, like.new_empty(0, dtype=torch.float32) if widened else like, tuple(like.shape))
         by_dtype.setdefault(tuple(tensors[i].dtype for tensors in used.values()), []).append(i)
-    return [_group([[tensors[i] for i in places] for tensors in used.values()], places) for places in by_dtype.values()]
+    return [_group({name: [of[i] for i in places] for name, of in used.items()}, places, only_read) for places in by_dtype.values()]
 
 
-def _group(lists: list[list[Tensor]], places: list[int]) -> Group:
-    copies = []
+def _group(named: dict[str, list[Tensor]], places: list[int], only_read: str) -> Group:
+    copies, lists = [], list(named.values())
     for i in range(len(places)):
         arrays = [tensors[i] for tensors in lists]
         same = all(t.stride() == arrays[0].stride() for t in arrays)
         if not (same and in_memory_order(arrays[0])[0].is_contiguous()):
-            for tensors in lists:
-                if not tensors[i].is_contiguous():
-                    copies.append((tensors[i], tensors[i].contiguous()))
-                    tensors[i] = copies[-1][1]
+            for name, tensors in named.items():
+                original, tensors[i] = tensors[i], tensors[i].contiguous()
+                if name != only_read and original is not tensors[i]:
+                    copies.append((original, tensors[i]))
     device = lists[0][0].device
     addresses = tuple(t.data_ptr() for tensors in lists for t in tensors)
     return Group(places, lists, copies, *_tables(addresses, tuple(t.numel() for t in lists[0]), device))

@@ -129,7 +129,7 @@ def adam_(
     found = groups({
         "params": (params, False), "grads": (grads, False), "exp_avgs": (exp_avgs, True), "exp_avg_sqs": (exp_avg_sqs, True),
         "max_exp_avg_sqs": (max_exp_avg_sqs, True),
-    })  # fmt: skip
+    }, "" if zero_grads else "grads")  # fmt: skip
     count = advance(steps, found_inf, len(params))
     if count is None:
         return
@@ -151,7 +151,8 @@ def sgd_(
     momentum: float, dampening: float, weight_decay: float, nesterov: bool, maximize: bool, first: bool, zero_grads: bool,
 ) -> None:  # fmt: skip
     """Launcher; lists and errors as the op's contract says."""
-    found = groups({"params": (params, False), "grads": (grads, False), "momentum_buffers": (momentum_buffers, True)})
+    lists = {"params": (params, False), "grads": (grads, False), "momentum_buffers": (momentum_buffers, True)}
+    found = groups(lists, "" if zero_grads else "grads")
     if not params:
         return
     of_g, of_b = (1.0, momentum) if nesterov else (0.0, 1.0)
@@ -170,7 +171,7 @@ def rmsprop_(
     found = groups({
         "params": (params, False), "grads": (grads, False), "square_avgs": (square_avgs, True), "grad_avgs": (grad_avgs, True),
         "momentum_buffers": (momentum_buffers, True),
-    })  # fmt: skip
+    }, "" if zero_grads else "grads")  # fmt: skip
     if advance(steps, found_inf, len(params)) is None:
         return
     numbers = control(factor, found_inf, maximize, zero_grads, (lr, alpha, 1 - alpha, eps, weight_decay, momentum), params[0].device)
