@@ -102,9 +102,17 @@ def _tables(addresses: tuple[int, ...], sizes: tuple[int, ...], device: torch.de
 
 
 def to_device(numbers: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers of the host as a tensor there, without waiting for the device."""
+    """Numbers of the host as a tensor there, without waiting for the device.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured: at every replay it would copy what that memory of the host holds by then.
+    """
     t = torch.tensor(numbers, dtype=dtype)
-    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
+    if device.type != "cuda":
+        return t.to(device)
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("an optimizer's step cannot be captured in a CUDA graph yet; torch.optim with capturable=True can")
+    return t.pin_memory().to(device, non_blocking=True)
 
 
 def each_group(found: Sequence[Group], run: Callable[[Group], None]) -> None:

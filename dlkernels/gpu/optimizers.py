@@ -5,7 +5,7 @@ writes them back. Memory decides. What the host knows comes in `numbers`, float6
 
     numbers    0 factor of the gradients, minus if maximize    1 skip this step    2 zero the gradients    3 ... the rule's own
 
-Step counts on the CPU are counted there; those on the device stay there, and nobody waits for it (a CUDA graph can hold the step).
+Step counts on the CPU are counted there; those on the device stay there, and nobody waits for it. A CUDA graph cannot hold the step yet.
 """
 
 from __future__ import annotations
