@@ -188,8 +188,8 @@ def time_steps(spec: ModelSpec, device: torch.device | str = "cpu", min_seconds:
         with _random_numbers(0, torch.device(device)):
             model = spec.build(nn).to(device)
         optimizer = optim.AdamW(model.parameters(), lr=spec.lr, weight_decay=spec.weight_decay)
-        loss = spec.loss(nn)
-        return lambda: training_step(model, loss, optimizer, spec.max_norm, x, y, _clip_of(optim))
+        loss, clip = spec.loss(nn), _clip_of(optim)
+        return lambda: training_step(model, loss, optimizer, spec.max_norm, x, y, clip)
 
     steps = {"eager": step_of(torch.nn, torch.optim), "dlkernels": step_of(dlkernels.nn, dlkernels.optim)}
     return interleave(steps, min_seconds=min_seconds, min_samples=30, device=device, cold=False)

@@ -18,7 +18,7 @@ Activation checked_activation(const char* op, int64_t code, double a, double b) 
 
 // out[n] = f(in[n]...) for n in [begin, end); out may be one of the arrays in. f comes by value: the constants that it holds then stay in
 // registers, while those of a reference would have to be read again after every store. Unrolling gains nothing here, fetching ahead loses.
-template <class T, class F, class... In> void map(Destination to, int64_t begin, int64_t end, F f, T* out, const In*... in) {
+template <class T, class F, class... In> void map(const Destination& to, int64_t begin, int64_t end, F f, T* out, const In*... in) {
     constexpr int V = VL<compute_t<T>>;
     int64_t n = begin;
     if (to.past_caches)  // asked once, not at every store

@@ -1,6 +1,6 @@
 // What the ops on norm.h share in front of the kernel: the types of x and of its parameters.
 #pragma once
-#include "op.h"
+#include "norm.h"
 
 template <class T> T* data(const Tensor& t) { return static_cast<T*>(t.data_ptr()); }
 

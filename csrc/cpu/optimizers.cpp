@@ -113,13 +113,12 @@ void sgd_(Tensors params, Tensors grads, Tensors buffers, std::optional<Tensor> 
         const Entry& entry = entries.all[i];
         with_types(OP, entry, [&](auto type, auto kept) {
             using C = compute_t<decltype(type)>;
-            const C rate = C(lr), pull = C(weight_decay), mu = C(first ? 0 : momentum), part = C(first ? 1 : 1 - dampening);
-            const C ahead = C(momentum);
+            const C rate = C(lr), pull = C(weight_decay), mu = C(momentum), part = C(1 - dampening);
             auto plain = [=](auto& p, auto& g, auto&, auto&, auto&) INLINE { p -= (g + p * pull) * rate; };
             auto with_momentum = [=](auto& p, auto& g, auto& b, auto&, auto&) INLINE {
                 g += p * pull;
                 b = first ? g : b * mu + g * part;  // at first b may hold anything
-                p -= (nesterov ? g + b * ahead : b) * rate;
+                p -= (nesterov ? g + b * mu : b) * rate;
             };
             if (entry.array[FIRST]) apply<1, decltype(type), decltype(kept)>(entry, begin, end, gradient, with_momentum);
             else apply<0, decltype(type), decltype(kept)>(entry, begin, end, gradient, plain);

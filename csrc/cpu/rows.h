@@ -17,8 +17,7 @@ constexpr int64_t SERIAL_NUMBERS = 1 << 14;  // up to here waking a second threa
 // saves fetching the memory first, a third of the traffic of a copy.
 struct Destination {
     static constexpr int64_t LARGE = 32 << 20, LINE = 64;  // bytes
-    bool past_caches = false;
-    Destination() = default;
+    bool past_caches;
     // For `bytes` bytes at p, written in rows of `row` bytes: the lines of the cache must be written whole.
     Destination(const void* p, int64_t bytes, int64_t row = LINE)
         : past_caches(bytes >= LARGE && row % LINE == 0 && reinterpret_cast<uintptr_t>(p) % LINE == 0) {}

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import launch
-from .multi_tensor import BLOCK, CHUNK, Tensors, array_of, chunk_of, each_group, groups, root
+from .multi_tensor import BLOCK, CHUNK, Tensors, array_of, block_of, chunk_of, each_group, groups, larger, root
 
 
 @triton.jit
@@ -24,16 +24,11 @@ def norm_parts(pointers, chunks, parts, like, n, TYPE: tl.constexpr, CHUNK: tl.c
     x = array_of(pointers, 0, n, entry, like)
     acc = tl.zeros((BLOCK,), ACC)
     for start in range(0, CHUNK, BLOCK):
-        at = first + start + tl.arange(0, BLOCK)
-        v = tl.abs(tl.load(x + at, (at < size) & (at < first + CHUNK), 0.0).to(ACC))
-        acc = tl.maximum(acc, v, propagate_nan=tl.PropagateNan.ALL) if TYPE == 0 else acc + (v if TYPE == 1 else v * v)
+        at, here = block_of(first, start, size, BLOCK)
+        v = tl.abs(tl.load(x + at, here, 0.0).to(ACC))
+        acc = larger(acc, v) if TYPE == 0 else acc + (v if TYPE == 1 else v * v)
     total = tl.reduce(acc, 0, larger) if TYPE == 0 else tl.sum(acc, 0)
     tl.store(parts + tl.program_id(0), total)
-
-
-@triton.jit
-def larger(a, b):
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -43,7 +38,7 @@ def norm_join(parts, result, COUNT, TYPE: tl.constexpr, BLOCK: tl.constexpr):
     for start in range(0, COUNT, BLOCK):
         i = start + tl.arange(0, BLOCK).to(tl.int64)
         v = tl.load(parts + i, i < COUNT, 0.0)
-        acc = tl.maximum(acc, v, propagate_nan=tl.PropagateNan.ALL) if TYPE == 0 else acc + v
+        acc = larger(acc, v) if TYPE == 0 else acc + v
     total = tl.reduce(acc, 0, larger) if TYPE == 0 else tl.sum(acc, 0)
     tl.store(result, root(total) if TYPE == 2 else total)
 
@@ -76,8 +71,7 @@ def scale_update(pointers, chunks, factor, like, n, CHUNK: tl.constexpr, BLOCK: 
     entry, first, size = chunk_of(chunks)
     x, by = array_of(pointers, 0, n, entry, like), tl.load(factor).to(ACC)
     for start in range(0, CHUNK, BLOCK):
-        at = first + start + tl.arange(0, BLOCK)
-        here = (at < size) & (at < first + CHUNK)
+        at, here = block_of(first, start, size, BLOCK)
         tl.store(x + at, (tl.load(x + at, here, 0.0).to(ACC) * by).to(like.dtype.element_ty), here)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..contract import in_memory_order
 from .launch import check_tensor
 
-CHUNK, BLOCK = 8192, 1024
+CHUNK, BLOCK = 8192, 1024  # a chunk is whole blocks
 Tensors = Sequence[Tensor]
 
 
@@ -35,6 +35,19 @@ def chunk_of(chunks):
 def array_of(pointers, array, n, entry, like):
     """The address of an entry's array, as a pointer of the type of `like`."""
     return tl.load(pointers + array * n + entry).to(like.dtype)
+
+
+@triton.jit
+def block_of(first, start, size, BLOCK: tl.constexpr):
+    """The numbers of a chunk that begin at `start`, and which of them the entry has."""
+    at = first + start + tl.arange(0, BLOCK)
+    return at, at < size
+
+
+@triton.jit
+def larger(a, b):
+    """The larger one; a NaN stays."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import launch
-from .multi_tensor import BLOCK, CHUNK, Group, Tensors, array_of, chunk_of, each_group, groups, root, to_device
+from .multi_tensor import BLOCK, CHUNK, Group, Tensors, array_of, block_of, chunk_of, each_group, groups, larger, root, to_device
 
 
 @triton.jit
@@ -29,6 +29,19 @@ def number(numbers, i, ACC: tl.constexpr):
 @triton.jit
 def flag(numbers, i):
     return tl.load(numbers + i).to(tl.int32)
+
+
+@triton.jit
+def read(p, g, at, here, factor, pull, ACC: tl.constexpr):
+    """p, and the gradient that a rule sees: scaled, with the decay that goes through it."""
+    value = tl.load(p + at, here, 0.0).to(ACC)
+    return value, tl.load(g + at, here, 0.0).to(ACC) * factor + value * pull
+
+
+@triton.jit
+def write(p, g, at, here, value, zero):
+    tl.store(p + at, value.to(p.dtype.element_ty), here)
+    tl.store(g + at, tl.zeros_like(value).to(g.dtype.element_ty), here & (zero != 0))
 
 
 @triton.jit
@@ -44,22 +57,20 @@ def adam_update(pointers, chunks, numbers, p_like, m_like, n, AMSGRAD: tl.conste
     rate, root_bias = number(numbers, 9 + entry, ACC), number(numbers, 9 + n + entry, ACC)
     stays, zero = flag(numbers, 1), flag(numbers, 2)
     for start in range(0, CHUNK, BLOCK):
-        at = first + start + tl.arange(0, BLOCK)
-        here = (at < size) & (at < first + CHUNK) & (stays == 0)
-        value = tl.load(p + at, here, 0.0).to(ACC)
-        slope = tl.load(g + at, here, 0.0).to(ACC) * factor + value * pull
+        at, here = block_of(first, start, size, BLOCK)
+        here &= stays == 0
+        value, slope = read(p, g, at, here, factor, pull, ACC)
         mean = tl.load(m + at, here, 0.0).to(ACC)
         mean += (slope - mean) * part1
         square = tl.load(v + at, here, 0.0).to(ACC) * b2 + slope * slope * part2
         largest = square
         if AMSGRAD:
-            largest = tl.maximum(tl.load(u + at, here, 0.0).to(ACC), square, propagate_nan=tl.PropagateNan.ALL)
+            largest = larger(tl.load(u + at, here, 0.0).to(ACC), square)
             tl.store(u + at, largest.to(m_like.dtype.element_ty), here)
         value = value * keep - rate * mean / (root(largest) * root_bias + eps)
-        tl.store(p + at, value.to(p_like.dtype.element_ty), here)
+        write(p, g, at, here, value, zero)
         tl.store(m + at, mean.to(m_like.dtype.element_ty), here)
         tl.store(v + at, square.to(m_like.dtype.element_ty), here)
-        tl.store(g + at, tl.zeros((BLOCK,), p_like.dtype.element_ty), here & (zero != 0))
 
 
 @triton.jit
@@ -73,17 +84,15 @@ def sgd_update(pointers, chunks, numbers, p_like, b_like, n, MOMENTUM: tl.conste
     part, of_g, of_b = number(numbers, 6, ACC), number(numbers, 8, ACC), number(numbers, 9, ACC)
     stays, zero, fresh = flag(numbers, 1), flag(numbers, 2), flag(numbers, 7)
     for start in range(0, CHUNK, BLOCK):
-        at = first + start + tl.arange(0, BLOCK)
-        here = (at < size) & (at < first + CHUNK) & (stays == 0)
-        value = tl.load(p + at, here, 0.0).to(ACC)
-        slope = tl.load(g + at, here, 0.0).to(ACC) * factor + value * pull
+        at, here = block_of(first, start, size, BLOCK)
+        here &= stays == 0
+        value, slope = read(p, g, at, here, factor, pull, ACC)
         if MOMENTUM:
             moved = tl.load(b + at, here, 0.0).to(ACC) * mu + slope * part
             moved = tl.where(fresh != 0, slope, moved)
             tl.store(b + at, moved.to(b_like.dtype.element_ty), here)
             slope = slope * of_g + moved * of_b
-        tl.store(p + at, (value - slope * lr).to(p_like.dtype.element_ty), here)
-        tl.store(g + at, tl.zeros((BLOCK,), p_like.dtype.element_ty), here & (zero != 0))
+        write(p, g, at, here, value - slope * lr, zero)
 
 
 @triton.jit
@@ -100,10 +109,9 @@ def rmsprop_update(pointers, chunks, numbers, p_like, v_like, n, CENTERED: tl.co
     eps, pull, mu = number(numbers, 6, ACC), number(numbers, 7, ACC), number(numbers, 8, ACC)
     stays, zero = flag(numbers, 1), flag(numbers, 2)
     for start in range(0, CHUNK, BLOCK):
-        at = first + start + tl.arange(0, BLOCK)
-        here = (at < size) & (at < first + CHUNK) & (stays == 0)
-        value = tl.load(p + at, here, 0.0).to(ACC)
-        slope = tl.load(g + at, here, 0.0).to(ACC) * factor + value * pull
+        at, here = block_of(first, start, size, BLOCK)
+        here &= stays == 0
+        value, slope = read(p, g, at, here, factor, pull, ACC)
         square = tl.load(v + at, here, 0.0).to(ACC) * keep + slope * slope * part
         spread = square
         if CENTERED:
@@ -115,9 +123,8 @@ def rmsprop_update(pointers, chunks, numbers, p_like, v_like, n, CENTERED: tl.co
         if MOMENTUM:
             step += tl.load(b + at, here, 0.0).to(ACC) * mu
             tl.store(b + at, step.to(v_like.dtype.element_ty), here)
-        tl.store(p + at, (value - step * lr).to(p_like.dtype.element_ty), here)
+        write(p, g, at, here, value - step * lr, zero)
         tl.store(v + at, square.to(v_like.dtype.element_ty), here)
-        tl.store(g + at, tl.zeros((BLOCK,), p_like.dtype.element_ty), here & (zero != 0))
 
 
 def adam_(
@@ -140,7 +147,8 @@ def adam_(
 
     def run(group: Group) -> None:
         lists = group.lists
-        numbers = torch.cat([shared, rates[:, group.places].flatten()]) if len(found) > 1 else torch.cat([shared, rates.flatten()])
+        own = rates if len(found) == 1 else rates[:, group.places]
+        numbers = torch.cat([shared, own.flatten()])
         start(adam_update, group, numbers, lists[0][0], lists[2][0], AMSGRAD=bool(max_exp_avg_sqs))
 
     each_group(found, run)

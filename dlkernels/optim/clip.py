@@ -12,7 +12,7 @@ from torch import Tensor
 from ..backend import PLAIN_TENSORS
 from ..ops.optimizers import scale_, total_norm
 from ..registry import FLOATS
-from .step import CLIP_EPS
+from .step import clip_factor
 
 
 @torch.no_grad()
@@ -53,7 +53,7 @@ def clip_grad_norm_(
             f"The total norm of order {norm_type} for gradients from `parameters` is non-finite ({norm.item()}), so it cannot be clipped. "
             "To disable this error and scale the gradients by the non-finite norm anyway, set `error_if_nonfinite=False`"
         )
-    factor = (max_norm / (norm + CLIP_EPS)).clamp(max=1.0)
+    factor = clip_factor(norm, max_norm)
     if not factor.is_cpu or factor != 1:  # on a GPU, to look would be to wait for it
         scale_(grads, factor)
     return norm

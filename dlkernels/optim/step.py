@@ -20,7 +20,10 @@ from ..backend import PLAIN_TENSORS
 from ..ops.optimizers import total_norm
 from ..registry import FLOATS
 
-CLIP_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_'s
+
+def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
+    """What gradients of this norm are multiplied by, at most 1; the 1e-6 is torch.nn.utils.clip_grad_norm_'s."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
 class KernelStep(torch.optim.Optimizer):
@@ -140,7 +143,7 @@ class KernelStep(torch.optim.Optimizer):
             not_finite = (~norm.isfinite()).float()
             found_inf = not_finite if found_inf is None else torch.maximum(not_finite, found_inf.to(device).float())
         self.grad_norm = norm
-        clip = (max_norm / (norm + CLIP_EPS)).clamp(max=1.0)
+        clip = clip_factor(norm, max_norm)
         return clip if undo is None else clip * undo, found_inf
 
 
