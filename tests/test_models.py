@@ -149,7 +149,7 @@ def test_ctrl_c_while_timing_keeps_the_training(monkeypatch: pytest.MonkeyPatch)
     def stopped_at_once(*_: object, **__: object) -> None:
         raise Interrupted({})
 
-    monkeypatch.setattr(dlkernels.train, "interleave", stopped_at_once)
+    monkeypatch.setattr(dlkernels.train.race, "interleave", stopped_at_once)
     both = compare("mlp", epochs=1, progress=False)
     assert both.native.interrupted
     assert both.ours.interrupted

@@ -1,0 +1,126 @@
+"""How far a run has come, and the checkpoints that let it go on from there."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import checkpoint, sharded
+from .distributed import gather_objects, is_sharded, unwrapped, wait_for_all
+from .randomness import random_state, seed_all
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    epoch: int = 0  # finished epochs
+    step: int = 0  # updates
+    position: int = 0  # batches of the current epoch that are behind us
+    updates: int = 0  # of the current epoch
+    loss_sum: float = 0.0  # over these
+    seconds: float = 0.0  # for these
+    best: float = math.inf  # the lowest loss that a finished epoch was judged by
+    stale: int = 0  # epochs since then
+
+    def begin_epoch(self) -> None:
+        """Back to the current epoch's begin, if an interruption left it half done."""
+        self.position, self.updates, self.loss_sum, self.seconds = 0, 0, 0.0, 0.0
+
+    def finish_step(self, batches: int, seconds: float) -> None:
+        """One more update, from so many batches, so long after the epoch's begin."""
+        self.step, self.position, self.updates, self.seconds = self.step + 1, self.position + batches, self.updates + 1, seconds
+
+    def finish_epoch(self, judged: float, min_delta: float) -> bool:
+        """One more epoch, of this loss; returns whether it is the lowest."""
+        improved = judged < self.best - min_delta
+        self.best, self.stale = (judged, 0) if improved else (self.best, self.stale + 1)
+        self.epoch += 1
+        self.begin_epoch()
+        return improved
+
+
+class Keeper:
+    """Writes a trainer's checkpoints and resumes from them.
+
+    One process, or several with the whole model each: ``last.pt`` and ``best.pt``, whose "model" is an ordinary state_dict. A model in
+    shards: the folders ``last`` and ``best``, which any number of processes can read.
+    """
+
+    def __init__(self, folder: Path, trainer: Trainer) -> None:
+        self.folder, self.trainer = folder, trainer
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def save(self, best: bool = False) -> None:
+        """Write ``last``, and ``best`` too where the epoch was. Every process must call it.
+
+        Raises:
+            CheckpointError: it cannot be written; the ones before are untouched.
+        """
+        t = self.trainer
+        rest = {"random": gather_objects(random_state()), "progress": asdict(t.progress), "history": t.history}
+        rest |= {name: part.state_dict() for name, part in self._parts().items()}
+        for name in ("last", "best") if best else ("last",):
+            if is_sharded(t.model):
+                sharded.save(t.model, t.optimizer, rest, self.folder, name, t.progress.step)
+            elif t.rank == 0:
+                state = {"model": unwrapped(t.model).state_dict(), "optimizer": t.optimizer.state_dict(), **rest}
+                checkpoint.save(state, self.folder / f"{name}.pt")
+        wait_for_all()
+
+    def resume(self) -> bool:
+        """Go on from ``last``, and return whether there is one. Every process must call it.
+
+        Raises:
+            CheckpointError: it is damaged, or of another model; nothing has changed then.
+        """
+        t = self.trainer
+        file, parts = self.folder / "last.pt", self.folder / "last"
+        if parts.exists():
+            state = sharded.load(t.model, t.optimizer, parts)
+        elif file.exists() and is_sharded(t.model):
+            raise checkpoint.CheckpointError(f"{file} is of a whole model; a model in shards goes on from checkpoints in shards alone")
+        elif file.exists():
+            state = checkpoint.load(file, t.device)
+            self._load_whole(state, file)
+        else:
+            return False
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+        for name, value in state["progress"].items():
+            setattr(t.progress, name, value)
+        t.history.clear()
+        t.history.update(state["history"])
+        if t.progress.position:
+            t.resumed_random = self._random_numbers(state["random"])
+        return True
+
+    def _load_whole(self, state: dict[str, Any], file: Path) -> None:
+        missing = {"model", "optimizer", "progress", "history", "random", *self._parts()} - state.keys()
+        if missing:
+            raise checkpoint.CheckpointError(f"{file} is no checkpoint of this run: it lacks {', '.join(sorted(missing))}")
+        model = unwrapped(self.trainer.model)
+        checkpoint.check_fits(model, state["model"], file)
+        try:
+            self.trainer.optimizer.load_state_dict(state["optimizer"])  # raises before it changes anything
+        except (ValueError, KeyError) as error:
+            raise checkpoint.CheckpointError(f"{file} is of another optimizer: {error}") from error
+        model.load_state_dict(state["model"])
+
+    def _parts(self) -> dict[str, Any]:
+        """What has a state_dict besides model and optimizer."""
+        parts = {"scheduler": self.trainer.scheduler, "scaler": self.trainer.scaler}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def _random_numbers(self, states: list[Any]) -> Any:
+        """This process's; new ones where the number of processes has changed."""
+        t = self.trainer
+        if len(states) == t.size:
+            return states[t.rank]
+        seed_all(t.seed, t.progress.epoch, t.progress.position, t.size, t.rank)
+        return random_state()
