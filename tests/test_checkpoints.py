@@ -135,8 +135,8 @@ def test_of_another_model(other: str, tmp_path: Path) -> None:
         del state["history"]
         checkpoint.save(state, tmp_path / "last.pt")
     before = weights(again)
-    message = {"width": r"0\.weight is \(64, 20\), needs \(32, 20\)", "optimizer": "of another optimizer: ", "keys": "it lacks history"}[other]
-    with pytest.raises(CheckpointError, match=message):
+    messages = {"width": r"0\.weight is \(64, 20\), needs \(32, 20\)", "optimizer": "of another optimizer: ", "keys": "it lacks history"}
+    with pytest.raises(CheckpointError, match=messages[other]):
         again.fit(batches(), epochs=2, resume=True)
     assert torch.equal(weights(again), before)
     assert not again.optimizer.state

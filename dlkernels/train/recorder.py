@@ -67,8 +67,9 @@ class Recorder:
 
     def see(self) -> None:
         """Add the losses since the last look to the epoch's sum."""
-        for self.loss in torch.stack(self.unseen).tolist() if self.unseen else ():
-            self.trainer.progress.loss_sum += self.loss
+        for loss in torch.stack(self.unseen).tolist() if self.unseen else ():  # one by one: the sum rounds alike wherever a run began
+            self.trainer.progress.loss_sum += loss
+            self.loss = loss
         self.unseen.clear()
 
     def mean_loss(self) -> float:
