@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -145,10 +146,26 @@ def explain(op: str, *args: Any) -> Choice:
 
     if op not in OPS:
         raise ValueError(f"unknown op {op!r}; known: {', '.join(sorted(OPS))}")
-    reason = OPS[op].supports(*args)
+    plain, shards = _on_shards(OPS[op].call, args)
+    reason = OPS[op].supports(*plain)
     if reason is not None:
-        return Choice("reference", reason)
+        return Choice("reference", reason + shards)
     device = next((a.device.type for a in args if isinstance(a, torch.Tensor)), "cpu")
     if device == "cpu" and not TRITON_ON_CPU:
-        return Choice(f"cpu ({isa()})", "C++ SIMD kernel")
-    return Choice("triton", "interpreted on the CPU" if device == "cpu" else f"Triton kernel on {device}")
+        return Choice(f"cpu ({isa()})", "C++ SIMD kernel" + shards)
+    return Choice("triton", ("interpreted on the CPU" if device == "cpu" else f"Triton kernel on {device}") + shards)
+
+
+def _on_shards(call: Callable[..., Any], args: tuple[Any, ...]) -> tuple[tuple[Any, ...], str]:
+    """Where ``call`` computes DTensors on what each process holds: plain tensors like them, and the layout of each dimension of the mesh."""
+    from .contract import is_spread
+
+    if is_spread(*args):
+        from .sharding import Answered, asking, without_numbers
+
+        with asking(), contextlib.suppress(RuntimeError, TypeError, ValueError):
+            try:
+                call(*args)
+            except Answered as answer:
+                return tuple(without_numbers(a) if is_spread(a) else a for a in args), f" on what each process holds ({answer})"
+    return args, ""

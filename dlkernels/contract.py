@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -57,6 +58,22 @@ def without_kernel(reason: str, native: Callable[..., Any], *args: Any, name: st
         kinds = (TypeError, ValueError, IndexError, NotImplementedError)
         kind = type(error) if type(error) in kinds else RuntimeError  # others may not be made of a message alone
         raise kind(f"{name or native.__name__}: {reason}; {error}") from error
+
+
+def is_spread(*tensors: Any) -> bool:
+    """Whether one of these is a DTensor, and ``on_shards`` takes them. For arguments that no kernel takes as they are.
+
+    Where no one has imported torch.distributed.tensor there is none. In a traced graph torch's own rules apply.
+    """
+    found = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    return found is not None and any(isinstance(t, found) for t in tensors) and not is_transformed()
+
+
+def on_shards(rule: str, *args: Any, **options: Any) -> Any:
+    """A function of DTensors, computed by the kernels on what each process holds of them. See sharding.py."""
+    from .sharding_rules import RULES
+
+    return RULES[rule](*args, **options)
 
 
 def raise_index_error(error: RuntimeError) -> Any:

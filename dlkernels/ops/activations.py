@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import apply_function, define
-from ..contract import autocast_dtype, in_memory_order, needs_grad, overwrite, reference_gradients, unsupported
+from ..contract import autocast_dtype, in_memory_order, is_spread, needs_grad, on_shards, overwrite, reference_gradients, unsupported
 from ..registry import Cost, Op, register
 
 __all__ = [
@@ -147,6 +147,13 @@ def _unsupported(input: Tensor, a: Any = 0.0, b: Any = 0.0) -> str | None:
     return unsupported(("input", input))
 
 
+def _elsewhere(function: Callable[..., Tensor], input: Tensor, *options: Any, **named: Any) -> Tensor:
+    """What this module's ``function`` is of what no kernel takes as it is: on the parts of a DTensor, or torch's function of that name."""
+    if is_spread(input):
+        return on_shards("elementwise", function, input, *options, **named)
+    return getattr(F, function.__name__)(input, *options, **named)
+
+
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """``torch.nn.functional.relu``: max(input, 0); a NaN stays one.
 
@@ -158,7 +165,7 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
         TypeError: ``input`` is not a tensor. RuntimeError: a leaf that requires grad is to be overwritten.
     """
     if _unsupported(input) is not None:
-        return F.relu(input, inplace)
+        return _elsewhere(relu, input, inplace=inplace)
     return _overwrite(input, RELU) if inplace else _compute(input, RELU)
 
 
@@ -170,7 +177,7 @@ def relu_(input: Tensor) -> Tensor:
 def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
     """``torch.nn.functional.leaky_relu``: input where it is positive, else negative_slope · input. See ``relu``."""
     if _unsupported(input, negative_slope) is not None:
-        return F.leaky_relu(input, negative_slope, inplace)
+        return _elsewhere(leaky_relu, input, negative_slope, inplace=inplace)
     act = LEAKY_RELU if negative_slope >= 0 else LEAKY_RELU_OF_X
     return _overwrite(input, act, negative_slope) if inplace else _compute(input, act, negative_slope)
 
@@ -182,12 +189,12 @@ def leaky_relu_(input: Tensor, negative_slope: float = 0.01) -> Tensor:
 
 def sigmoid(input: Tensor) -> Tensor:
     """``torch.nn.functional.sigmoid``: 1 / (1 + e⁻ˣ). See ``relu``."""
-    return _compute(input, SIGMOID) if _unsupported(input) is None else F.sigmoid(input)
+    return _compute(input, SIGMOID) if _unsupported(input) is None else _elsewhere(sigmoid, input)
 
 
 def tanh(input: Tensor) -> Tensor:
     """``torch.nn.functional.tanh``. See ``relu``."""
-    return _compute(input, TANH) if _unsupported(input) is None else F.tanh(input)
+    return _compute(input, TANH) if _unsupported(input) is None else _elsewhere(tanh, input)
 
 
 def gelu(input: Tensor, *, approximate: str = "none") -> Tensor:
@@ -199,14 +206,14 @@ def gelu(input: Tensor, *, approximate: str = "none") -> Tensor:
     """
     act = {"none": GELU, "tanh": GELU_TANH}.get(approximate)
     if act is None or _unsupported(input) is not None:
-        return F.gelu(input, approximate=approximate)
+        return _elsewhere(gelu, input, approximate=approximate)
     return _compute(input, act)
 
 
 def silu(input: Tensor, inplace: bool = False) -> Tensor:
     """``torch.nn.functional.silu``: input · sigmoid(input). See ``relu``."""
     if _unsupported(input) is not None:
-        return F.silu(input, inplace)
+        return _elsewhere(silu, input, inplace=inplace)
     return _overwrite(input, SILU) if inplace else _compute(input, SILU)
 
 
@@ -216,7 +223,7 @@ def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     A negative ``alpha`` goes to torch: y does not tell the two sides apart then.
     """
     if _unsupported(input, alpha) is not None or not alpha >= 0:
-        return F.elu(input, alpha, inplace)
+        return _elsewhere(elu, input, alpha, inplace=inplace)
     return _overwrite(input, ELU, alpha) if inplace else _compute(input, ELU, alpha)
 
 
@@ -231,7 +238,7 @@ def softplus(input: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
     Under autocast on CUDA half types are widened to float32, as in torch.
     """
     if _unsupported(input, beta, threshold) is not None:
-        return F.softplus(input, beta, threshold)
+        return _elsewhere(softplus, input, beta, threshold)
     if input.dtype.itemsize == 2 and not input.is_cpu and autocast_dtype(input) is not None:
         input = input.float()
     return _compute(input, SOFTPLUS, beta, threshold)

@@ -23,7 +23,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import apply_function, define
-from ..contract import Optionals, autocast_dtype, needs_grad, reference_gradients, require_tensors, statistics_dtype, unsupported
+from ..contract import (
+    Optionals,
+    autocast_dtype,
+    is_spread,
+    needs_grad,
+    on_shards,
+    reference_gradients,
+    require_tensors,
+    statistics_dtype,
+    unsupported,
+)
 from ..registry import Cost, Op, register
 from .dropout import check_seed, draw_seed, dropout, factors, numbers
 from .layer_norm import check_rows, layer_norm, make_rows, misfit
@@ -162,6 +172,8 @@ def add_layer_norm(
     """
     if _unsupported(input, residual, weight, bias, None, normalized_shape) is not None or not isinstance(eps, float):
         require_tensors(("input", input), ("residual", residual))
+        if is_spread(input, residual, weight, bias):
+            return on_shards("add_layer_norm", input, residual, normalized_shape, weight, bias, eps)
         s = input + residual
         return layer_norm(s, normalized_shape, weight, bias, eps), s
     return _seeded(input, residual, None, 0.0, normalized_shape, weight, bias, eps)
@@ -184,6 +196,8 @@ def dropout_add_layer_norm(
         return add_layer_norm(input, residual, normalized_shape, weight, bias, eps)
     if _unsupported(input, residual, weight, bias, None, normalized_shape) is not None or not isinstance(eps, float):
         require_tensors(("input", input), ("residual", residual))
+        if is_spread(input, residual, weight, bias):
+            return on_shards("add_layer_norm", input, residual, normalized_shape, weight, bias, eps, p)
         return add_layer_norm(dropout(input, p), residual, normalized_shape, weight, bias, eps)
     return _seeded(input, residual, draw_seed(input.device), float(p), normalized_shape, weight, bias, eps)
 
@@ -213,7 +227,7 @@ QUICK = [BENCH[1], BENCH[3]]
 
 
 def _call(x: Tensor, residual: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    if _unsupported(x, residual, weight, bias) is not None:
+    if _unsupported(x, residual, weight, bias) is not None and not is_spread(x, residual, weight, bias):
         return _native(x, residual, weight, bias)
     return add_layer_norm(x, residual, x.shape[-1:], weight, bias)
 
@@ -226,6 +240,8 @@ def _call_seeded(
     x: Tensor, residual: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, seed: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     if _unsupported(x, residual, weight, bias) is not None or not isinstance(seed, Tensor) or seed.dtype != torch.int64:
+        if is_spread(x, residual, weight, bias, seed):
+            return on_shards("seeded_add_layer_norm", x, residual, weight, bias, seed)
         return _reference(x, residual, seed, weight, bias, P, 1e-5)
     return _seeded(x, residual, seed, P, x.shape[-1:], weight, bias, 1e-5)
 

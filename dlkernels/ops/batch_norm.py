@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ..backend import PLAIN_TENSORS, apply_function
-from ..contract import Optionals, needs_grad, reference_gradients, require_tensors, unsupported, without_kernel
+from ..contract import Optionals, is_spread, needs_grad, on_shards, reference_gradients, require_tensors, unsupported, without_kernel
 from ..registry import Cost, Op, register
 from . import batch_norm_raw as raw
 
@@ -135,6 +135,8 @@ def _batch_norm(
             if reason is None:
                 raise
     require_tensors(("input", x), optional=(("running_mean", mean), ("running_var", var), ("weight", weight), ("bias", bias)))
+    if is_spread(x, mean, var, weight, bias):
+        return on_shards("batch_norm", *args, relu)
     return without_kernel(reason, _reference, *args, relu, name="batch_norm")
 
 

@@ -21,6 +21,7 @@ Work        one exponential for each logit each way, about 15 operations; N elem
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +33,9 @@ from ..contract import (
     REDUCTIONS,
     autocast_dtype,
     in_float32,
+    is_spread,
     needs_grad,
+    on_shards,
     raise_index_error,
     reduction_code,
     reference_gradients,
@@ -185,6 +188,9 @@ def cross_entropy(
     if reason is not None:
         options: dict[str, Any] = {"reduction": REDUCTIONS[code], "ignore_index": ignore_index, "label_smoothing": label_smoothing}
         require_tensors(("input", input), ("target", target), optional=(("weight", weight),))
+        if is_spread(input, target, weight):
+            ours = partial(cross_entropy, ignore_index=ignore_index, label_smoothing=label_smoothing)
+            return on_shards("labelled_loss", "cross_entropy", ours, input, target, weight, code, ignore_index)
         return without_kernel(reason, F.cross_entropy, input, target, weight, **options)
     args = input, target, weight, code, ignore_index, float(label_smoothing)
     try:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..backend import apply_function, define
-from ..contract import Optionals, in_memory_order, needs_grad, overwrite, require_tensors, unsupported
+from ..contract import Optionals, in_memory_order, is_spread, needs_grad, on_shards, overwrite, require_tensors, unsupported
 from ..registry import Cost, Op, register
 
 __all__ = ["dropout"]
@@ -125,7 +125,7 @@ def seeded(x: Tensor, seed: Tensor, p: float) -> Tensor:
     if _unsupported(x, seed) is not None:
         require_tensors(("x", x), ("seed", seed))
         check_seed(x, seed, p)
-        return _reference(x, seed, p)
+        return on_shards("seeded_dropout", x, seed, p) if is_spread(x, seed) else _reference(x, seed, p)
     x, restore = in_memory_order(x)
     return restore(_apply(x, seed, p))
 
@@ -153,6 +153,8 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
         raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
     if not training or not p > 0 or unsupported(("input", input)) is not None or not input.numel():  # NaN is for torch to refuse
         require_tensors(("input", input))
+        if is_spread(input) and training and p > 0:
+            return on_shards("dropout", input, p, inplace)
         return torch.nn.functional.dropout(input, p, training, inplace)
     seed = draw_seed(input.device)
     return overwrite(input, _DropoutInPlace, _dropout_, seeded, seed, p) if inplace else seeded(input, seed, p)

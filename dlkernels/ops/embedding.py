@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import PLAIN_TENSORS, apply_function, define
-from ..contract import needs_grad, raise_index_error, require_tensors, unsupported
+from ..contract import is_spread, needs_grad, on_shards, raise_index_error, require_tensors, unsupported
 from ..registry import FLOATS, Cost, Op, register
 
 __all__ = ["embedding"]
@@ -111,6 +111,8 @@ def embedding(
     reason = _unsupported(input, weight, max_norm, sparse)
     if reason is not None:
         require_tensors(("input", input), ("weight", weight))
+        if is_spread(input, weight):
+            return on_shards("embedding", input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
         return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     if padding_idx is None:
         padding_idx = -1

@@ -28,7 +28,9 @@ from ..contract import (
     Optionals,
     autocast_dtype,
     in_float32,
+    is_spread,
     needs_grad,
+    on_shards,
     reference_gradients,
     require_tensors,
     statistics_dtype,
@@ -147,6 +149,8 @@ def _normalise(x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Ten
             reason = reason or f"eps is {eps!r}, needs a number"
             require_tensors(("input", x), optional=(("weight", weight), ("bias", bias)))
             name = "layer_norm" if centred else "rms_norm"
+            if is_spread(x, weight, bias):
+                return on_shards(name, x, shape, weight, bias, eps) if centred else on_shards(name, x, shape, weight, eps)
             return without_kernel(reason, _reference, x, weight, bias, eps, centred, shape, name=name)
         eps = torch.finfo(statistics_dtype(x)).eps if eps is None else float(eps)
     if not x.is_cpu and autocast_dtype(x) is not None:  # on the float32 list of cuda alone

@@ -24,7 +24,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import apply_function, define
-from ..contract import Optionals, autocast_dtype, needs_grad, reference_gradients, require_tensors, unsupported, without_kernel
+from ..contract import (
+    Optionals,
+    autocast_dtype,
+    is_spread,
+    needs_grad,
+    on_shards,
+    reference_gradients,
+    require_tensors,
+    unsupported,
+    without_kernel,
+)
 from ..registry import Cost, Op, register
 from . import activations
 from .activations import Activation
@@ -136,6 +146,8 @@ def _shapes(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
 def _refused(reason: str, x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation, slope: float) -> Tensor:
     """What PyTorch makes of arguments that no kernel takes: its result, or its error with the arguments named."""
     require_tensors(("input", x), ("weight", weight), optional=(("bias", bias),))
+    if is_spread(x, weight, bias):
+        return on_shards("linear_act", x, weight, bias, next(name for name, known in ACTIVATIONS.items() if known is act), slope)
     for t in (x, weight, bias):
         if t is not None and t.device != x.device:
             raise RuntimeError(f"{reason}; all tensors must be on one device")

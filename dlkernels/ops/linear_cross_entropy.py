@@ -27,7 +27,9 @@ from ..contract import (
     REDUCTIONS,
     Optionals,
     autocast_dtype,
+    is_spread,
     needs_grad,
+    on_shards,
     raise_index_error,
     reduction_code,
     reference_gradients,
@@ -185,6 +187,15 @@ def linear_cross_entropy(
     if reason is not None:
         require_tensors(("input", input), ("linear_weight", linear_weight), ("target", target),
                         optional=(("linear_bias", linear_bias), ("weight", weight)))  # fmt: skip
+        if is_spread(input, linear_weight, target, linear_bias, weight):
+            return on_shards(
+                "labelled_loss", "linear_cross_entropy",
+                lambda x, target, weight, linear_weight, linear_bias, reduction: linear_cross_entropy(
+                    x, linear_weight, target, linear_bias=linear_bias, weight=weight, reduction=reduction, ignore_index=ignore_index,
+                    label_smoothing=label_smoothing,
+                ),
+                input, target, weight, code, -100 if ignore_index is None else ignore_index, linear_weight, linear_bias,
+            )  # fmt: skip
         return without_kernel(
             reason, _native, input, linear_weight, target, linear_bias=linear_bias, weight=weight, reduction=REDUCTIONS[code],
             ignore_index=ignore_index, label_smoothing=label_smoothing, name="linear_cross_entropy",

@@ -37,7 +37,9 @@ from ..contract import (
     Optionals,
     autocast_dtype,
     in_float32,
+    is_spread,
     needs_grad,
+    on_shards,
     reduction_code,
     reference_gradients,
     require_tensors,
@@ -154,6 +156,9 @@ def _loss(
     reason = _unsupported(loss, input, target, weight, pos_weight)
     if reason is not None:
         require_tensors(("input", input), ("target", target), optional=(("weight", weight), ("pos_weight", pos_weight)))
+        if is_spread(input, target, weight, pos_weight):
+            name, tensors = loss.native.__name__, (input, target, weight, pos_weight)
+            return on_shards("loss", name, lambda x, t, w, pos, code: _loss(loss, x, t, code, parameter, w, pos), *tensors, reduction)
         return _reference(input, target, weight, pos_weight, loss, parameter, reduction)
     if input.shape != target.shape:
         input, target = _spread(loss, input, target)

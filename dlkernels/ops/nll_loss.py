@@ -11,6 +11,7 @@ Work        one element a row moved forward, N a row written backward: memory de
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import apply_function, define
-from ..contract import REDUCTIONS, needs_grad, raise_index_error, reduction_code, reference_gradients, require_tensors, without_kernel
+from ..contract import (
+    REDUCTIONS,
+    is_spread,
+    needs_grad,
+    on_shards,
+    raise_index_error,
+    reduction_code,
+    reference_gradients,
+    require_tensors,
+    without_kernel,
+)
 from ..registry import Cost, Op, register
 from .cross_entropy import SAMPLES, check, keep_for_backward, make, rows_of, statistics, unfit, widened, with_option
 
@@ -101,6 +112,9 @@ def nll_loss(
     reason = _unsupported(input, target, weight, ignore_index)
     if reason is not None:
         require_tensors(("input", input), ("target", target), optional=(("weight", weight),))
+        if is_spread(input, target, weight):
+            ours = partial(nll_loss, ignore_index=ignore_index)
+            return on_shards("labelled_loss", "nll_loss", ours, input, target, weight, code, ignore_index)
         return without_kernel(reason, F.nll_loss, input, target, weight, reduction=REDUCTIONS[code], ignore_index=ignore_index)
     args = input, target, weight, code, ignore_index
     try:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..backend import apply_function, define
-from ..contract import autocast_dtype, in_float32, needs_grad, require_tensors, unsupported, without_kernel
+from ..contract import autocast_dtype, in_float32, is_spread, needs_grad, on_shards, require_tensors, unsupported, without_kernel
 from ..registry import Cost, Op, register
 
 __all__ = ["log_softmax", "softmax"]
@@ -92,6 +92,8 @@ def _compute(native: Callable[..., Tensor], log: bool, input: Tensor, dim: int, 
     reason = _unsupported(input, dim)
     if reason is not None:
         require_tensors(("input", input))
+        if is_spread(input) and type(dim) is int:
+            return on_shards("softmax", native.__name__, input, dim)
         return without_kernel(reason, native, input, dim)
     if not input.is_cpu and dtype is None and autocast_dtype(input) is not None:  # on the list of what autocast widens, on a GPU only
         input = in_float32(input)[0]  # type: ignore[assignment]
