@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -91,6 +92,8 @@ def define(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     op = getattr(torch.ops.dlkernels, name).default
 
     def refuse_grad(keyset: torch.DispatchKeySet, *args: Any) -> Any:
+        if "torch.distributed.tensor" in sys.modules:
+            refuse_dtensors(name, args)
         if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
             raise RuntimeError(
                 f"torch.ops.dlkernels.{name} records no gradient, but an argument requires grad; "
@@ -108,6 +111,17 @@ def define(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
             return op(*args)
 
     return call
+
+
+def refuse_dtensors(name: str, args: tuple[Any, ...]) -> None:
+    """Raw ops know nothing of tensors spread over processes; the public functions take them apart, see sharding.py."""
+    from .contract import is_spread
+
+    if any(is_spread(*(arg if isinstance(arg, (list, tuple)) else (arg,))) for arg in args):
+        raise NotImplementedError(
+            f"torch.ops.dlkernels.{name} has no sharding rule, and an argument is a DTensor; "
+            "call the function in dlkernels.functional, or pass what to_local() returns"
+        )
 
 
 def apply_function(function: Any, *args: Any) -> Any:
@@ -157,7 +171,7 @@ def explain(op: str, *args: Any) -> Choice:
 
 
 def _on_shards(call: Callable[..., Any], args: tuple[Any, ...]) -> tuple[tuple[Any, ...], str]:
-    """Where ``call`` computes DTensors on what each process holds: plain tensors like them, and the layout of each dimension of the mesh."""
+    """Where ``call`` computes DTensors on what each process holds: plain tensors like them, and the layouts that it takes."""
     from .contract import is_spread
 
     if is_spread(*args):

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.distributed.tensor.placement_types import Placement
 
 from .ops.dropout import draw_seed
@@ -93,7 +93,7 @@ class _Place(torch.autograd.Function):
         return x.redistribute(placements=placements)
 
     @staticmethod
-    def backward(ctx: Any, dy: DTensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: DTensor) -> tuple[Tensor, None]:
         return _placed(dy, ctx.before), None
 
 
@@ -107,7 +107,7 @@ class _Take(torch.autograd.Function):
         return _local(x).detach()
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, None]:
         return None if dy is None else _Spread.apply(dy, *ctx.like), None
 
 
@@ -121,7 +121,7 @@ class _Spread(torch.autograd.Function):
         return DTensor.from_local(part.detach(), mesh, placements, run_check=False, shape=shape, stride=stride)
 
     @staticmethod
-    def backward(ctx: Any, dy: DTensor | None) -> tuple[Tensor | None, None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: DTensor | None) -> tuple[Tensor | None, None, None, None, None]:
         return None if dy is None else _Take.apply(_placed(dy, _settled(ctx.placements)), ctx.placements), None, None, None, None
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import Shard
 
 from . import functional as F
-from .contract import REDUCTIONS, autocast_dtype, statistics_dtype
+from .contract import REDUCTIONS, statistics_dtype
 from .ops import add_layer_norm as _add_layer_norm
 from .ops import dropout as _dropout
 from .ops.linear import ACTIVATIONS
@@ -77,14 +77,16 @@ def add_layer_norm(
     tensors = {"input": input, "residual": residual, "weight": weight, "bias": bias}
     layouts = _leading(input, shape, "input", "residual") if input.shape == residual.shape else []
 
-    def compute(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, seed: Tensor | None = None) -> Any:
-        if seed is not None:
-            x = _dropout.seeded(x, seed, p)
+    def compute(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         return F.add_layer_norm(x, residual, shape, weight, bias, eps)
 
-    if not p:
-        return run("add_layer_norm", tensors, layouts, compute)
-    return run("dropout_add_layer_norm", tensors, layouts, compute, lambda plan, x, *others: compute(x, *others, plan.seed(x.device)))
+    def dropped(plan: Plan, x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        seed = plan.seed(x.device)
+        if isinstance(eps, float) and _add_layer_norm._unsupported(x, residual, weight, bias, None, shape) is None:
+            return _add_layer_norm._seeded(x, residual, seed, p, shape, weight, bias, eps)
+        return compute(_dropout.seeded(x, seed, p), residual, weight, bias)
+
+    return run("dropout_add_layer_norm" if p else "add_layer_norm", tensors, layouts, compute, dropped if p else None)
 
 
 @rule
@@ -113,9 +115,12 @@ def seeded_dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
 
 
 @rule
-def embedding(input: Tensor, weight: Tensor, padding_idx: int | None, max_norm: Any, norm_type: float, by_freq: bool, sparse: bool) -> Tensor:
+def embedding(
+    input: Tensor, weight: Tensor, padding_idx: int | None, max_norm: float | None, norm_type: float, by_freq: bool, sparse: bool
+) -> Tensor:
     if max_norm is not None or sparse:
-        raise NotImplementedError(f"embedding: {'max_norm' if sparse is False else 'sparse'} is not there for DTensors; leave it out")
+        option = "sparse=True" if max_norm is None else "max_norm"
+        raise NotImplementedError(f"embedding: {option} cannot be had with a DTensor as input or weight; leave it out")
     rank = input.dim()
     layouts = [Layout("columns", {"weight": Shard(1)}, Shard(rank))]
     if not by_freq:  # which counts over all indices
@@ -162,9 +167,10 @@ def batch_norm(
 
 @rule
 def loss(
-    name: str, function: Callable[..., Tensor], input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, reduction: int
-) -> Tensor:
-    """``function(input, target, weight, pos_weight, reduction)`` of each number, and the mean or the sum over all."""
+    name: str, function: Callable[..., Tensor], input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None,
+    reduction: int,
+) -> Tensor:  # fmt: skip
+    """``function(input, target, reduction, weight=..., pos_weight=...)`` of each number, and the mean or the sum over all."""
     tensors = {"input": input, "target": target, "weight": weight, "pos_weight": pos_weight}
     given = {name: t for name, t in tensors.items() if isinstance(t, Tensor)}
     shape = _common_shape(given)
@@ -173,15 +179,16 @@ def loss(
         for d in range(len(shape))
     ]
 
-    def part(plan: Plan, *tensors: Tensor | None) -> Tensor:
-        if REDUCTIONS[reduction] != "mean":
-            return function(*tensors, reduction)
-        here, all = torch.broadcast_shapes(*(t.shape for t in tensors if t is not None)).numel(), torch.Size(shape).numel()
-        if here == all:
-            return function(*tensors, reduction)
-        return function(*tensors, reduction) * (here / all) if here else function(*tensors, REDUCTIONS.index("sum"))
+    def compute(*tensors: Tensor | None, code: int = reduction) -> Tensor:
+        return function(*tensors[:2], code, weight=tensors[2], pos_weight=tensors[3])
 
-    return run(name, tensors, layouts, lambda *args: function(*args, reduction), part)
+    def part(plan: Plan, *tensors: Tensor | None) -> Tensor:
+        here, all = torch.broadcast_shapes(*(t.shape for t in tensors if t is not None)).numel(), torch.Size(shape).numel()
+        if REDUCTIONS[reduction] != "mean" or here == all:
+            return compute(*tensors)
+        return compute(*tensors) * (here / all) if here else compute(*tensors, code=REDUCTIONS.index("sum"))
+
+    return run(name, tensors, layouts, compute, part)
 
 
 def _common_shape(tensors: dict[str, Tensor]) -> tuple[int, ...]:

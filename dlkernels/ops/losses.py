@@ -22,6 +22,7 @@ Work        2N elements moved forward, 3N backward, 4N where the target wants a 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
@@ -157,8 +158,8 @@ def _loss(
     if reason is not None:
         require_tensors(("input", input), ("target", target), optional=(("weight", weight), ("pos_weight", pos_weight)))
         if is_spread(input, target, weight, pos_weight):
-            name, tensors = loss.native.__name__, (input, target, weight, pos_weight)
-            return on_shards("loss", name, lambda x, t, w, pos, code: _loss(loss, x, t, code, parameter, w, pos), *tensors, reduction)
+            on_part = functools.partial(_loss, loss, parameter=parameter)
+            return on_shards("loss", loss.native.__name__, on_part, input, target, weight, pos_weight, reduction)
         return _reference(input, target, weight, pos_weight, loss, parameter, reduction)
     if input.shape != target.shape:
         input, target = _spread(loss, input, target)
