@@ -12,6 +12,7 @@ A rule has the name and the arguments of the function on plain tensors, and name
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -162,15 +163,26 @@ def batch_norm(
         layouts += _cut(x.shape, [d for d in range(x.dim()) if d != 1], "input")
     tensors = {"input": x, "running_mean": mean, "running_var": var, "weight": weight, "bias": bias}
     in_place = numbers[:2] if training else ()
-    return run("batch_norm", tensors, layouts, lambda *args: function(*args, training, momentum, eps), in_place=in_place)
+
+    def compute(x: Tensor, *others: Tensor | None) -> Tensor:
+        return function(x, *others, training, momentum, eps)
+
+    def part(plan: Plan, x: Tensor, mean: Tensor | None, var: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        if x.numel() or not any(plan.split):
+            return compute(x, mean, var, weight, bias)
+        for t in (weight, bias):  # torch refuses to have no channel; the parameters get the gradient 0
+            x = x if t is None else x * t.to(x.dtype).view(-1, *(1,) * (x.dim() - 2))
+        return x
+
+    return run("batch_norm", tensors, layouts, compute, part, in_place)
 
 
 @rule
 def loss(
-    name: str, function: Callable[..., Tensor], input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None,
-    reduction: int,
-) -> Tensor:  # fmt: skip
-    """``function(input, target, reduction, weight=..., pos_weight=...)`` of each number, and the mean or the sum over all."""
+    function: partial[Tensor], input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, reduction: int
+) -> Tensor:
+    """``function(input, target, reduction, weight=..., pos_weight=...)`` of each number, and the mean or the sum over all. Its first
+    argument is bound: which loss it is."""
     tensors = {"input": input, "target": target, "weight": weight, "pos_weight": pos_weight}
     given = {name: t for name, t in tensors.items() if isinstance(t, Tensor)}
     shape = _common_shape(given)
@@ -188,7 +200,7 @@ def loss(
             return compute(*tensors)
         return compute(*tensors) * (here / all) if here else compute(*tensors, code=REDUCTIONS.index("sum"))
 
-    return run(name, tensors, layouts, compute, part)
+    return run(function.args[0].native.__name__, tensors, layouts, compute, part)
 
 
 def _common_shape(tensors: dict[str, Tensor]) -> tuple[int, ...]:

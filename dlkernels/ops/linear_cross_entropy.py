@@ -16,6 +16,7 @@ Work        2MNK flops forward, 4MNK backward: the flops decide. Memory: inputs,
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -188,14 +189,9 @@ def linear_cross_entropy(
         require_tensors(("input", input), ("linear_weight", linear_weight), ("target", target),
                         optional=(("linear_bias", linear_bias), ("weight", weight)))  # fmt: skip
         if is_spread(input, linear_weight, target, linear_bias, weight):
-            return on_shards(
-                "labelled_loss", "linear_cross_entropy",
-                lambda x, target, weight, linear_weight, linear_bias, reduction: linear_cross_entropy(
-                    x, linear_weight, target, linear_bias=linear_bias, weight=weight, reduction=reduction, ignore_index=ignore_index,
-                    label_smoothing=label_smoothing,
-                ),
-                input, target, weight, code, -100 if ignore_index is None else ignore_index, linear_weight, linear_bias,
-            )  # fmt: skip
+            ignored = -100 if ignore_index is None else ignore_index
+            ours = partial(_in_order, ignore_index=ignored, label_smoothing=label_smoothing)
+            return on_shards("labelled_loss", "linear_cross_entropy", ours, input, target, weight, code, ignored, linear_weight, linear_bias)
         return without_kernel(
             reason, _native, input, linear_weight, target, linear_bias=linear_bias, weight=weight, reduction=REDUCTIONS[code],
             ignore_index=ignore_index, label_smoothing=label_smoothing, name="linear_cross_entropy",
@@ -220,6 +216,11 @@ def linear_cross_entropy(
     if code == 0 and input.dim() == 1:
         loss = loss.squeeze(0)
     return loss if loss.dtype == result else loss.to(result)
+
+
+def _in_order(x: Tensor, target: Tensor, weight: Tensor | None, head: Tensor, bias: Tensor | None, **options: Any) -> Tensor:
+    """With its arguments in the order of losses of labels."""
+    return linear_cross_entropy(x, head, target, linear_bias=bias, weight=weight, **options)
 
 
 OPTIONS: dict[str, dict[str, Any]] = {

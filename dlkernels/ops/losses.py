@@ -22,10 +22,10 @@ Work        2N elements moved forward, 3N backward, 4N where the target wants a 
 
 from __future__ import annotations
 
-import functools
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -158,8 +158,7 @@ def _loss(
     if reason is not None:
         require_tensors(("input", input), ("target", target), optional=(("weight", weight), ("pos_weight", pos_weight)))
         if is_spread(input, target, weight, pos_weight):
-            on_part = functools.partial(_loss, loss, parameter=parameter)
-            return on_shards("loss", loss.native.__name__, on_part, input, target, weight, pos_weight, reduction)
+            return on_shards("loss", partial(_loss, loss, parameter=parameter), input, target, weight, pos_weight, reduction)
         return _reference(input, target, weight, pos_weight, loss, parameter, reduction)
     if input.shape != target.shape:
         input, target = _spread(loss, input, target)
