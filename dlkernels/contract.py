@@ -60,13 +60,15 @@ def without_kernel(reason: str, native: Callable[..., Any], *args: Any, name: st
         raise kind(f"{name or native.__name__}: {reason}; {error}") from error
 
 
-def is_spread(*tensors: Any) -> bool:
+def is_spread(*tensors: Any, traced: bool = False) -> bool:
     """Whether one of these is a DTensor, and ``on_shards`` takes them. For arguments that no kernel takes as they are.
 
-    Where no one has imported torch.distributed.tensor there is none. In a traced graph torch's own rules apply.
+    Where no one has imported torch.distributed.tensor there is none. In a traced graph torch's own rules apply, unless ``traced``.
     """
     found = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
-    return found is not None and any(isinstance(t, found) for t in tensors) and not is_transformed()
+    if found is None or torch._C._are_functorch_transforms_active() or (torch.compiler.is_compiling() and not traced):
+        return False
+    return any(isinstance(t, found) for t in tensors)
 
 
 def on_shards(rule: str, *args: Any, **options: Any) -> Any:

@@ -30,7 +30,7 @@ RULES: dict[str, Callable[..., Any]] = {}
 
 
 def rule(function: Callable[..., Any]) -> Callable[..., Any]:
-    RULES[function.__name__] = function
+    RULES[function.__name__] = torch.compiler.disable(function, reason=f"{function.__name__} of DTensors runs outside of a graph")
     return function
 
 

@@ -320,6 +320,55 @@ def second_derivatives(mesh: DeviceMesh) -> None:
 
 
 @case
+def two_dimensions(mesh: DeviceMesh) -> None:
+    """A batch cut in one dimension of a mesh, columns or K in the other."""
+    x, weight, bias = randn(5, 6), randn(4, 6), randn(4)
+    for sizes in ((2, 1), (1, 2)):
+        grid = init_device_mesh("cpu", sizes)
+        for placements, out in (
+            ([(Shard(0), WHOLE), (WHOLE, Shard(0)), (WHOLE, Shard(0))], (Shard(0), Shard(1))),
+            ([(Shard(0), Shard(1)), (WHOLE, Shard(1)), (WHOLE, WHOLE)], (Shard(0), Partial())),
+            ([(Shard(0), Shard(0)), (WHOLE, WHOLE), (WHOLE, WHOLE)], (Shard(0), Shard(0))),
+        ):
+            shards: list[Any] = [distribute_tensor(t, grid, list(p)).requires_grad_() for t, p in zip((x, weight, bias), placements)]
+            leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+            y: Any = F.linear(*shards)
+            right = F.linear(*leaves)
+            assert y.placements == out
+            (y * y).sum().backward()
+            (right * right).sum().backward()
+            torch.testing.assert_close(whole(y), right)
+            for t, leaf in zip(shards, leaves):
+                torch.testing.assert_close(whole(t.grad), leaf.grad)
+
+
+@case
+def compiled(mesh: DeviceMesh) -> None:
+    """torch's own rules apply in a graph; where they are wrong, the graph is left."""
+    x, target = randn(5, 4), randn(5, 4)
+    for function in (F.linear, F.linear_relu, F.mse_loss):
+        torch._dynamo.reset()
+        fast = torch.compile(function, backend="aot_eager")
+
+        def call(*args: Tensor, fast: Any = fast, function: Any = function) -> Any:
+            return (fast if isinstance(args[0], DTensor) else function)(*args)
+
+        compare(mesh, call, (x, target), (Shard(0), Shard(0)))
+    torch._dynamo.reset()
+    one_graph = torch.compile(F.mse_loss, backend="aot_eager", fullgraph=True)
+    refused(lambda: one_graph(spread(mesh, x, Shard(0)), spread(mesh, target, Shard(0))), "mse_loss", "loss of DTensors")
+
+
+@case
+def on_its_way(mesh: DeviceMesh) -> None:
+    """A tensor that is still being gathered is waited for."""
+    x = randn(5, 4)
+    sums = DTensor.from_local(x, mesh, [Partial()])
+    for t in (sums, sums.redistribute(placements=[WHOLE], async_op=True)):
+        torch.testing.assert_close(whole(F.relu(t)), F.relu(2 * x))
+
+
+@case
 def tensor_parallel_model(mesh: DeviceMesh) -> None:
     torch.manual_seed(0)
     nn = dlkernels.nn

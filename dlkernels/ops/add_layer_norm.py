@@ -196,7 +196,7 @@ def dropout_add_layer_norm(
         return add_layer_norm(input, residual, normalized_shape, weight, bias, eps)
     if _unsupported(input, residual, weight, bias, None, normalized_shape) is not None or not isinstance(eps, float):
         require_tensors(("input", input), ("residual", residual))
-        if is_spread(input, residual, weight, bias):
+        if is_spread(input, residual, weight, bias, traced=True):
             return on_shards("add_layer_norm", input, residual, normalized_shape, weight, bias, eps, p)
         return add_layer_norm(dropout(input, p), residual, normalized_shape, weight, bias, eps)
     return _seeded(input, residual, draw_seed(input.device), float(p), normalized_shape, weight, bias, eps)

@@ -153,7 +153,7 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
         raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
     if not training or not p > 0 or unsupported(("input", input)) is not None or not input.numel():  # NaN is for torch to refuse
         require_tensors(("input", input))
-        if is_spread(input) and training and p > 0:
+        if is_spread(input, traced=True) and training and p > 0:
             return on_shards("dropout", input, p, inplace)
         return torch.nn.functional.dropout(input, p, training, inplace)
     seed = draw_seed(input.device)

@@ -191,7 +191,8 @@ def linear_cross_entropy(
         if is_spread(input, linear_weight, target, linear_bias, weight):
             ignored = -100 if ignore_index is None else ignore_index
             ours = partial(_in_order, ignore_index=ignored, label_smoothing=label_smoothing)
-            return on_shards("labelled_loss", "linear_cross_entropy", ours, input, target, weight, code, ignored, linear_weight, linear_bias)
+            parameters = linear_weight, linear_bias
+            return on_shards("labelled_loss", "linear_cross_entropy", ours, input, target, weight, code, ignored, *parameters)
         return without_kernel(
             reason, _native, input, linear_weight, target, linear_bias=linear_bias, weight=weight, reduction=REDUCTIONS[code],
             ignore_index=ignore_index, label_smoothing=label_smoothing, name="linear_cross_entropy",

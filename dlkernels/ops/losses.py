@@ -157,7 +157,7 @@ def _loss(
     reason = _unsupported(loss, input, target, weight, pos_weight)
     if reason is not None:
         require_tensors(("input", input), ("target", target), optional=(("weight", weight), ("pos_weight", pos_weight)))
-        if is_spread(input, target, weight, pos_weight):
+        if is_spread(input, target, weight, pos_weight, traced=True):
             return on_shards("loss", partial(_loss, loss, parameter=parameter), input, target, weight, pos_weight, reduction)
         return _reference(input, target, weight, pos_weight, loss, parameter, reduction)
     if input.shape != target.shape:
