@@ -361,11 +361,14 @@ def compiled(mesh: DeviceMesh) -> None:
 
 @case
 def on_its_way(mesh: DeviceMesh) -> None:
-    """A tensor that is still being gathered is waited for."""
+    """A tensor that is still being gathered is waited for, and then a kernel takes it."""
     x = randn(5, 4)
     sums = DTensor.from_local(x, mesh, [Partial()])
     for t in (sums, sums.redistribute(placements=[WHOLE], async_op=True)):
-        torch.testing.assert_close(whole(F.relu(t)), F.relu(2 * x))
+        with RawCalls() as recorded:
+            y = F.relu(t)
+        assert [type(a[0]) for _, a in recorded.calls if not a[0].is_meta] == [Tensor]
+        torch.testing.assert_close(whole(y), F.relu(2 * x))
 
 
 @case
