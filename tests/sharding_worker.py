@@ -1,24 +1,19 @@
 """What one of several processes of test_sharding.py runs: every case, on tensors that lie spread over all of them.
 
-A case compares functions of DTensors with the same functions of the whole plain tensors, which every process has. ``main`` prints what
-came of each case as JSON: "" or the error.
+A case compares functions of DTensors with the same functions of the whole plain tensors, which every process has.
 """
 
 from __future__ import annotations
 
-import datetime
 import functools
 import inspect
-import json
-import logging
-import sys
-import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from gloo import serve
 from support import RawCalls, as_tuple, differentiable, label
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -387,28 +382,8 @@ def tensor_parallel_model(mesh: DeviceMesh) -> None:
         torch.testing.assert_close(whole(q.grad), p.grad)
 
 
-def main(rank: int, size: int, store: str) -> None:
-    logging.disable(logging.WARNING)
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size, timeout=datetime.timedelta(seconds=30))
-    mesh = init_device_mesh("cpu", (size,))
+if __name__ == "__main__":
     jobs = dict(CASES)
     for op in OPS.values():
         jobs[f"{op.name} rows"], jobs[f"{op.name} whole"] = (functools.partial(generic, op, rows) for rows in (True, False))
-    found = {}
-    for name, job in jobs.items():
-        found[name] = ""
-        try:
-            job(mesh)
-        except Exception:
-            found[name] = traceback.format_exc()
-        told: list[Any] = [None] * size
-        dist.all_gather_object(told, found[name])  # one that failed alone would leave the others waiting
-        found[name] = next((text for text in told if text), "")
-    if rank == 0:
-        print(json.dumps(found))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    serve(jobs)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ops.optimizers import adam_
-from .step import KernelStep, new_moment, new_step
+from .step import KernelStep, local, new_moment, new_step
 
 
 class _Adam(KernelStep):
@@ -21,13 +21,14 @@ class _Adam(KernelStep):
                 state["step"], state["exp_avg"], state["exp_avg_sq"] = new_step(group, p), new_moment(p), new_moment(p)
                 if amsgrad:
                     state["max_exp_avg_sq"] = new_moment(p)
-        moments = [[state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")]
-        largest = [state["max_exp_avg_sq"] for state in states] if amsgrad else []
+        moments = [local([state[name] for state in states]) for name in ("exp_avg", "exp_avg_sq")]
+        largest = local([state["max_exp_avg_sq"] for state in states]) if amsgrad else []
         factor, found_inf, zero_grad = tail
         beta1, beta2 = group["betas"]
         adam_(
-            params, grads, *moments, largest, [state["step"] for state in states], factor, found_inf, float(group["lr"]), float(beta1),
-            float(beta2), group["eps"], float(group["weight_decay"]), group["decoupled_weight_decay"], group["maximize"], zero_grad,
+            local(params), local(grads), *moments, largest, [state["step"] for state in states], factor, found_inf, float(group["lr"]),
+            float(beta1), float(beta2), group["eps"], float(group["weight_decay"]), group["decoupled_weight_decay"], group["maximize"],
+            zero_grad,
         )  # fmt: skip
 
 

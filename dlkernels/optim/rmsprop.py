@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ops.optimizers import rmsprop_
-from .step import KernelStep, new_moment, new_step
+from .step import KernelStep, local, new_moment, new_step
 
 
 class RMSprop(KernelStep, torch.optim.RMSprop):
@@ -22,9 +22,9 @@ class RMSprop(KernelStep, torch.optim.RMSprop):
             if not state:
                 state["step"] = new_step(group, p)
                 state.update({name: new_moment(p) for name, use in used.items() if use})
-        kept = [[state[name] for state in states] if use else [] for name, use in used.items()]
+        kept = [local([state[name] for state in states]) if use else [] for name, use in used.items()]
         factor, found_inf, zero_grad = tail
         rmsprop_(
-            params, grads, *kept, [state["step"] for state in states], factor, found_inf, float(group["lr"]), group["alpha"], group["eps"],
-            float(group["weight_decay"]), float(group["momentum"]), group["maximize"], zero_grad,
+            local(params), local(grads), *kept, [state["step"] for state in states], factor, found_inf, float(group["lr"]), group["alpha"],
+            group["eps"], float(group["weight_decay"]), float(group["momentum"]), group["maximize"], zero_grad,
         )  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ops.optimizers import sgd_
-from .step import KernelStep, new_moment
+from .step import KernelStep, local, new_moment
 
 
 class SGD(KernelStep, torch.optim.SGD):
@@ -34,8 +34,8 @@ class SGD(KernelStep, torch.optim.SGD):
     ) -> None:
         factor, found_inf, zero_grad = tail
         sgd_(
-            params, grads, buffers, factor, found_inf, float(group["lr"]), float(group["momentum"]), float(group["dampening"]),
-            float(group["weight_decay"]), group["nesterov"], group["maximize"], first, zero_grad,
+            local(params), local(grads), local(buffers), factor, found_inf, float(group["lr"]), float(group["momentum"]),
+            float(group["dampening"]), float(group["weight_decay"]), group["nesterov"], group["maximize"], first, zero_grad,
         )  # fmt: skip
 
 

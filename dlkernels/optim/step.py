@@ -4,6 +4,9 @@
     2. norm             of all gradients, one pass over them, only if they are to be clipped
     3. update           for every group: factor · gradient into the moments, the moments into the parameters, zero into the gradient
 
+A DTensor is updated where it lies: each process steps on its own part of parameter, gradient and moments, and the norm of the gradients is
+that of all parts.
+
 Everything else, param groups, state_dict, hooks, schedulers, GradScaler, is torch.optim's own, from which each optimizer derives.
 """
 
@@ -15,8 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from ..backend import PLAIN_TENSORS
+from ..contract import is_spread
 from ..ops.optimizers import total_norm
 from ..registry import FLOATS
 
@@ -27,9 +32,9 @@ def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
 
 
 class KernelStep(torch.optim.Optimizer):
-    """Mixed in before an optimizer of torch.optim, whose own ``step`` serves what no kernel takes: complex numbers, tensor subclasses,
-    ``differentiable=True``, other devices than cpu and cuda, and torch.compile. ``foreach`` and ``fused`` choose among torch's loops;
-    ours is one kernel whatever they say."""
+    """Mixed in before an optimizer of torch.optim, whose own ``step`` serves what no kernel takes: complex numbers, tensor subclasses
+    other than DTensor, ``differentiable=True``, other devices than cpu and cuda, and torch.compile. ``foreach`` and ``fused`` choose
+    among torch's loops; ours is one kernel whatever they say."""
 
     __signature__: inspect.Signature
     grad_norm: Tensor | None = None  # before clipping, of the last step that clipped
@@ -111,6 +116,8 @@ class KernelStep(torch.optim.Optimizer):
             device = params[0].device
             tail = tuple(t if t is None or t.device == device else t.to(device) for t in (factor, found_inf))
             self._update(group, params, grads, (*tail, zero_grad))
+            if is_spread(params[0]):
+                increment_version(params)  # of which the kernel saw only the local parts
         return loss
 
     def _native_step(self, loss: Any) -> Any:
@@ -136,7 +143,7 @@ class KernelStep(torch.optim.Optimizer):
         undo = None if scale is None else 1 / torch.as_tensor(scale, dtype=torch.float32, device=device)
         if max_norm is None:
             return undo, found_inf
-        parts = [total_norm(part, 2.0).to(device) for part in grads]
+        parts = [_norm(part).to(device) for part in grads]
         norm = parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack([part.double() for part in parts])).to(parts[0].dtype)
         if undo is not None:
             norm = norm * undo
@@ -153,13 +160,18 @@ def _check_positive(**numbers: float | Tensor | None) -> None:
             raise ValueError(f"{name} must be positive, got {number}")
 
 
-def _parts(params: Iterable[Tensor]) -> Iterable[tuple[list[Tensor], list[Tensor]]]:
+def _parts(params: Iterable[Any]) -> Iterable[tuple[list[Tensor], list[Tensor]]]:
     """The parameters that have gradients, and these, in lists of one kind: what holds of the first then holds of all."""
     parts: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
     for p in params:
         grad = p.grad
         if grad is not None:
-            kind = p.is_cpu or p.device, p.dtype, grad.dtype, grad.layout, type(p), type(grad)
+            spread = None
+            if type(p) not in PLAIN_TENSORS and is_spread(p):
+                spread = p.device_mesh, p.placements
+                if is_spread(grad) and grad.placements != p.placements:  # the sum of what all have, or a part where everyone needs all
+                    grad = p.grad = grad.redistribute(placements=p.placements)
+            kind = p.is_cpu or p.device, p.dtype, grad.dtype, grad.layout, type(p), type(grad), spread
             part = parts.get(kind)
             if part is None:
                 part = parts[kind] = [], []
@@ -168,7 +180,7 @@ def _parts(params: Iterable[Tensor]) -> Iterable[tuple[list[Tensor], list[Tensor
     return parts.values()
 
 
-def _unsupported(group: Mapping[str, Any], p: Tensor, grad: Tensor) -> str | None:
+def _unsupported(group: Mapping[str, Any], p: Any, grad: Tensor) -> str | None:
     """Why torch's own step runs, or None where a kernel does.
 
     Raises:
@@ -178,7 +190,10 @@ def _unsupported(group: Mapping[str, Any], p: Tensor, grad: Tensor) -> str | Non
         return "differentiable=True differentiates through the update"
     if torch.compiler.is_compiling():
         return "a graph is being traced"
-    if type(p) not in PLAIN_TENSORS or type(grad) not in PLAIN_TENSORS:
+    if is_spread(p) and is_spread(grad):
+        if any(placement.is_partial() for placement in p.placements):
+            return f"a parameter lies as {p.placements}; kernels take what is cut or whole"
+    elif type(p) not in PLAIN_TENSORS or type(grad) not in PLAIN_TENSORS:
         return f"a parameter is a {type(p).__name__} and its gradient a {type(grad).__name__}; kernels take plain tensors"
     if p.dtype not in FLOATS:
         return f"a parameter has dtype {p.dtype}; kernels take float32, float64, bfloat16 and float16"
@@ -189,6 +204,23 @@ def _unsupported(group: Mapping[str, Any], p: Tensor, grad: Tensor) -> str | Non
     if not p.is_cpu and p.device.type != "cuda":
         return f"a parameter is on {p.device}; kernels run on cpu and cuda"
     return None
+
+
+def local(tensors: list[Any]) -> list[Tensor]:
+    """What this process holds of each, if they are DTensors. All are of one kind."""
+    return [t.to_local() for t in tensors] if tensors and is_spread(tensors[0]) else tensors
+
+
+def _norm(grads: list[Any]) -> Tensor:
+    """The 2-norm of all of them together, of their parts in all processes if they are DTensors, which lie alike."""
+    norm = total_norm(local(grads), 2.0)
+    if not is_spread(grads[0]):
+        return norm
+    square = norm.double().square()
+    for d, placement in enumerate(grads[0].placements):
+        if not placement.is_replicate():
+            torch.distributed.all_reduce(square, group=grads[0].device_mesh.get_group(d))
+    return square.sqrt().to(norm.dtype)
 
 
 def new_step(group: Mapping[str, Any], p: Tensor) -> Tensor:
