@@ -4,7 +4,7 @@ You will build the network, count its parameters, see why the first weights must
 with the six steps that train everything from here to a Transformer, look at its mistakes, and run the whole thing once more
 on PyTorch's own kernels: same curve, different clock.
 
-Read beside it: dlkernels/models/mlp.py (this network, for any sizes) and dlkernels/train.py (this loop, for any model).
+Read beside it: dlkernels/models/mlp.py (this network, for any sizes) and dlkernels/train/ (this loop, for any model).
 """
 
 # %%
@@ -191,3 +191,5 @@ save(figure, "07_ours_and_native.png")
 # * sqrt(2 / K) for layers that end in ReLU; the 2 is the half that ReLU throws away.
 # * Six steps. `train()` before learning, `eval()` and `no_grad()` before judging.
 # * Judge on rows the network has never seen, and look at the mistakes: some of those digits *you* would not read either.
+#
+# Next: `08_training_loop.py`, the six steps taken apart, and what a long run needs around them.
