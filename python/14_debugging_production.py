@@ -171,9 +171,10 @@ for mode in ("train", "eval"):
     tested = copy.deepcopy(model).train(mode == "train")
     with torch.no_grad():
         first, again, alone = tested(data.x_val), tested(data.x_val), tested(data.x_val[:2])
+    gap = (first[:2] - alone).abs().max().item()
     print(f"  {mode + '()':8} held-out accuracy {accuracy(first, data.y_val).item():.1%}; ", end="")
-    print(f"same answer twice: {torch.equal(first, again)}; two pictures by themselves: logits differ by up to {(first[:2] - alone).abs().max():.0e}")
-assert torch.equal(first, again) and (first[:2] - alone).abs().max() < 1e-4
+    print(f"same answer twice: {torch.equal(first, again)}; two pictures by themselves: logits differ by up to {gap:.0e}")
+assert torch.equal(first, again) and gap < 1e-4
 statistics = model.net[1].running_mean.clone()
 F.cross_entropy(model.eval()(batch_x), batch_y).backward()
 print(f"  trained in eval(): BatchNorm's statistics have moved: {not torch.equal(statistics, model.net[1].running_mean)}")
