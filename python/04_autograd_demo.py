@@ -225,4 +225,4 @@ print(f"  cosine of the angle between the gradient before and after: {cosine:.6f
 # * A sum forward is a copy backward; a copy (broadcast) forward is a sum backward. That is db = sum_m dz.
 # * Depth multiplies. Keep every layer's factor near 1: ReLU with He weights, normalisation, skip connections; clip the rest.
 #
-# Next: `06_pytorch_fundamentals.py`, the tensors under all this.
+# Next: `05_optimizers.py`, what to do with a gradient once you have it.
