@@ -5,9 +5,9 @@ multiple of the gradient; momentum goes on in the direction it was going; RMSpro
 step length; AdamW is Adam with a weight decay that does what it says.
 
 You will write each rule by hand and compare it with its kernel, send all of them down the same valley, see what Adam's bias
-correction and AdamW's decoupling change, and let the learning rate follow a schedule.
+correction and AdamW's decoupling change, let the learning rate follow a schedule, and count what a step costs.
 
-Read beside it: csrc/cpu/optimizers.cpp. The rules below stand there again, each in three to six lines.
+Read beside it: csrc/cpu/optimizers.cpp. The rules below stand there again, each in a few lines.
 The valley, the training loop and the counting of operations are in python/descent.py.
 """
 
@@ -21,10 +21,8 @@ from descent import CountOperations, animate_paths, arrival, draw_paths, draw_sc
 from lesson import BLUE, GREY, ORANGE, QUICK, save, title
 from torch import Tensor
 
-import dlkernels.functional as F
 import dlkernels.nn as nn
 import dlkernels.optim as optim
-from dlkernels.data import digits
 
 torch.manual_seed(0)
 torch.set_num_threads(1)  # most of this is tiny: waking a second thread would cost more than it computes
@@ -102,24 +100,13 @@ for name, (by_hand, by_kernel) in RULES.items():
     assert difference < 1e-12
 
 # %% [markdown]
-# ## What comes with the box, and what it is for
-# These are defaults of the classes, not advice for your problem. The learning rate most of all must be found by trying: powers
-# of ten first, then factors of 2 or 3.
-
-# %%
-title("Defaults")
-USES = {
-    "SGD": "vision, fine-tuning; wants a schedule. Usual: lr 0.01 to 0.1, momentum 0.9",
-    "RMSprop": "recurrent networks, losses that change while one learns",
-    "Adam": "the first try for almost anything",
-    "AdamW": "Transformers and language models, often with lr 1e-4 and a warm-up",
-}
-SHOWN = ("lr", "momentum", "alpha", "betas", "weight_decay")
-for name, use in USES.items():
-    defaults = getattr(optim, name)([torch.zeros(1)]).defaults
-    print(f"  {name:8} " + ", ".join(f"{key} {defaults[key]}" for key in SHOWN if key in defaults) + f"\n{'':11}{use}")
-
-# %% [markdown]
+# Where people start, and what each is used for. Then find your own learning rate: powers of ten first, factors of 2 or 3 next.
+#
+#     SGD + momentum    lr 0.01 to 0.1, momentum 0.9     vision, fine-tuning; wants a schedule
+#     RMSprop           lr 0.001, alpha 0.99             recurrent networks, losses that change while one learns
+#     Adam              lr 0.001, betas 0.9 and 0.999    the first try for almost anything
+#     AdamW             lr 0.0001, decay 0.01            Transformers and language models, with a warm-up
+#
 # ## Bias correction
 # m and v are averages that begin at 0. For a constant gradient m = (1 - beta1^t) g after t steps, and v = (1 - beta2^t) g^2:
 # both too small, v for much longer. Dividing each by its bracket makes them averages from the first step on. Without that, the
@@ -128,18 +115,17 @@ for name, use in USES.items():
 # %%
 AT = (1, 2, 5, 10, 30, 100, 1000, 3000)
 title("Steps of Adam, in units of lr, for a constant gradient")
-w, states = torch.zeros(1, dtype=torch.float64, requires_grad=True), []
-optimizer, uncorrected, lengths = optim.Adam([w], lr=1.0), {}, {}
-m = v = torch.zeros(1, dtype=torch.float64)
-for t in range(1, 3001):
-    w.grad, before = torch.full_like(w, 0.02), w.item()
+w, positions = torch.zeros(1, dtype=torch.float64, requires_grad=True), [0.0]
+optimizer = optim.Adam([w], lr=1.0)
+for _ in range(AT[-1]):
+    w.grad = torch.full_like(w, 0.02)
     optimizer.step()
-    m, v = 0.9 * m + 0.1 * w.grad, 0.999 * v + 0.001 * w.grad**2
-    lengths[t], uncorrected[t] = before - w.item(), (m / (v.sqrt() + 1e-8)).item()
-print(f"  {'step':22}" + "".join(f"{t:7}" for t in AT))
-for name, row in (("corrected (kernel)", lengths), ("without correction", uncorrected)):
-    print(f"  {name:22}" + "".join(f"{row[t]:7.2f}" for t in AT))
-assert abs(lengths[1] - 1) < 1e-5 and abs(uncorrected[1] - 0.1 / math.sqrt(0.001)) < 1e-4
+    positions.append(w.item())
+corrected = [positions[t - 1] - positions[t] for t in AT]
+uncorrected = [(1 - 0.9**t) / math.sqrt(1 - 0.999**t) for t in AT]
+for name, row in (("step", AT), ("corrected (kernel)", corrected), ("without (formula)", uncorrected)):
+    print(f"  {name:20}" + "".join(f"{x:7}" if name == "step" else f"{x:7.2f}" for x in row))
+assert max(abs(length - 1) for length in corrected) < 1e-5
 
 # %% [markdown]
 # Whatever the gradient's size, the first corrected step is lr long. Adam's learning rate is the length of a step, in the
@@ -158,10 +144,11 @@ for name, (_, make) in RULES.items():
 
 # %% [markdown]
 # "-" is not there, or not there to stay. RMSprop's v forgets the steep beginning within some hundred steps, Adam's within some
-# thousand; once it has, g / sqrt(v) no longer shrinks when g does, and at a constant learning rate the weights hop about. Look
-# for the widest row, too: not who is fastest at its best, but who forgives a wrong learning rate.
+# thousand. Once it has, g / sqrt(v) no longer shrinks when g does, and at a constant learning rate the weights hop about: with
+# lr 0.02 RMSprop is there before step 300 (next table), but hops out again and again. Look for the widest row, too: not who is
+# fastest at its best, but who forgives a wrong learning rate.
 #
-# Five of them, from one start. AdamW has ten times its usual decay here, or its path would lie on Adam's.
+# Five of them, from one start. AdamW has ten times its default decay here, or its path would lie on Adam's.
 
 # %%
 DRAWN = {
@@ -185,32 +172,6 @@ save(animate_paths(paths, colors, [0, 10, 30] if QUICK else [*range(40), *range(
 # %% [markdown]
 # AdamW stops short of the minimum at (1, 1): its decay pulls both weights towards 0. It has another goal than the loss alone.
 #
-# ## What a step length per weight is worth, and what not
-# Now the simplest narrow valley, (x^2 + 100 y^2) / 2, once along the axes and once turned by 45 degrees. SGD and momentum
-# cannot tell the difference. RMSprop and Adam scale every axis by itself, so they level a valley that lies along one; in the
-# turned one both weights have equally large gradients, and there is nothing to level.
-
-# %%
-title("Steps until the loss stays below 0.01, at the best of the learning rates")
-
-
-def along(x: Tensor, y: Tensor) -> Tensor:
-    return (x**2 + 100 * y**2) / 2
-
-
-def turned(x: Tensor, y: Tensor) -> Tensor:
-    return along((x + y) / 2**0.5, (x - y) / 2**0.5)
-
-
-best = {}
-for name in ("SGD", "SGD + momentum", "RMSprop", "Adam"):
-    for valley, start in ((along, (1.5, 1.5)), (turned, (1.5 * 2**0.5, 0.0))):  # the same point of the valley
-        steps = [arrival(walk(RULES[name][1], lr, 600, valley, start)[1], LIMIT) for lr in RATES]
-        best[name, valley] = min((int(n) for n in steps if n.isdigit()), default=math.inf)
-    print(f"  {name:15} along the axes {best[name, along]!s:>4}     turned {best[name, turned]!s:>4}")
-assert QUICK or best["Adam", along] < best["Adam", turned]
-
-# %% [markdown]
 # ## Decay, coupled and decoupled
 # An L2 penalty adds decay * w to the gradient. For SGD that is the same as shrinking w by 1 - lr * decay. For Adam it is not:
 # what was added is divided by sqrt(v) with the rest, so a weight whose gradients are 10 in size decays a tenth as much, and
@@ -240,42 +201,10 @@ assert (shrunk["AdamW"] - 1).abs().max() < 0.2 and shrunk["Adam"][0] < 0.3 < 3 <
 # something else for every weight. Multiply the loss by 10 and Adam hardly notices, but the penalty now counts a tenth.
 # AdamW's decay stays what it was.
 #
-# ## Noise
-# A batch's gradient is the whole gradient plus noise. Averaging n independent ones leaves 1 / sqrt(n) of the noise; momentum's
-# (1 - mu) b is an average whose weights fall off, and it leaves sqrt((1 - mu) / (1 + mu)), 0.23 for mu = 0.9. With lr = 0 the
-# weights stay put, and SGD's own buffer shows it.
-
-# %%
-title("One batch's gradient, and the average of the last ones: how far from the whole gradient, relative to its length")
-data = digits()
-model = nn.Sequential(nn.LinearReLU(64, 32), nn.Linear(32, 10))
-optimizer = optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
-
-
-def gradient_of(x: Tensor, y: Tensor) -> Tensor:
-    return torch.cat([g.flatten() for g in torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))])
-
-
-whole = gradient_of(data.x_train, data.y_train)
-for rows in (5, 20, 80):
-    errors = []
-    for step in range(100 if QUICK else 400):
-        batch = torch.randint(len(data.y_train), (rows,))
-        optimizer.zero_grad()
-        F.cross_entropy(model(data.x_train[batch]), data.y_train[batch]).backward()
-        optimizer.step()
-        if step >= 50:  # the buffer, too, begins empty
-            single = torch.cat([p.grad.flatten() for p in model.parameters()])
-            averaged = torch.cat([0.1 * optimizer.state[p]["momentum_buffer"].flatten() for p in model.parameters()])
-            errors.append(torch.stack([(single - whole).norm(), (averaged - whole).norm()]) / whole.norm())
-    one, many = torch.stack(errors).mean(0).tolist()
-    print(f"  batch of {rows:2}: one {one:.2f}, momentum's average {many:.2f}, ratio {many / one:.2f}")
-    assert abs(many / one - (0.1 / 1.9) ** 0.5) < 0.05
-
-# %% [markdown]
-# But momentum also steps 1 / (1 - mu) times as far. On L = w^2 / 2 with gradient noise of size 1, SGD comes to rest nowhere:
-# E[w^2] = lr / (2 - lr). With momentum, at a tenth of the learning rate and so the same speed, it is much the same for a small lr. What gets
-# closer is a smaller learning rate.
+# ## Schedules
+# A batch's gradient is the whole gradient plus noise, so the weights never come to rest. Take L = w^2 / 2 and noise of size 1
+# in every gradient: after many steps of SGD, the mean of w^2 is lr / (2 - lr). Momentum averages the noise, but its steps are
+# 1 / (1 - mu) times as long; at a tenth of the learning rate, and so the same speed, it shakes as much as SGD if lr is small.
 
 # %%
 title("How far the weights keep shaking: the mean of w^2, 20,000 weights at once")
@@ -284,11 +213,11 @@ for lr in (0.5, 0.1, 0.02):
     print(f"  lr {lr:4}: SGD {plain:.4f} (formula {lr / (2 - lr):.4f})     momentum at lr {lr / 10:5}: {with_momentum:.4f}")
 
 # %% [markdown]
-# ## Schedules
-# Large steps first, to get there; small ones later, to come to rest. CosineAnnealingLR follows half a cosine down to 0.
-# ReduceLROnPlateau multiplies by a factor when the validation loss has not improved for some epochs. OneCycleLR climbs from a
-# 25th of the top, then comes down to almost nothing (and moves the momentum the other way). They are PyTorch's and set `lr` in
-# the optimizer's param groups, from which our kernels read it.
+# Only a smaller learning rate gets closer. So: large steps first, to get there; small ones later, to come to rest.
+# CosineAnnealingLR follows half a cosine down to 0. ReduceLROnPlateau multiplies by a factor, here 0.3, when the validation
+# loss has not improved for some epochs, here two. OneCycleLR climbs from a 25th of the top, then comes down to almost nothing
+# (and moves the momentum the other way). They are PyTorch's and set `lr` in the optimizer's param groups, from which our
+# kernels read it. `dlkernels.train.make_schedule` makes them by name; lesson 8 uses it.
 
 # %%
 SEEDS, EPOCHS, TOPS = (range(2), 2, (0.03, 0.3)) if QUICK else (range(8), 12, (0.03, 0.1, 0.3))
@@ -319,23 +248,23 @@ save(draw_schedules(runs, {name: color for name, (_, color) in SCHEDULES.items()
 
 # %%
 title("One step of AdamW")
-tensors = [torch.randn(200, 200, requires_grad=True) for _ in range(20 if QUICK else 100)]
-gradients = [torch.randn_like(p) for p in tensors]
-for name, package in (("torch.optim", torch.optim), ("dlkernels.optim", optim)):
-    optimizer = package.AdamW(tensors)
-    for p, g in zip(tensors, gradients):
-        p.grad = g
+model = nn.Sequential(*(nn.Linear(200, 200) for _ in range(10 if QUICK else 50)))
+for p in model.parameters():
+    p.grad = torch.randn_like(p)
+ADAMWS = {"torch.optim": torch.optim.AdamW, "torch.optim, fused": partial(torch.optim.AdamW, fused=True), "dlkernels.optim": optim.AdamW}
+for name, make in ADAMWS.items():
+    optimizer = make(model.parameters())
     optimizer.step()
     with CountOperations() as count:
         optimizer.step()
     times = []
-    for _ in range(3 if QUICK else 15):
+    for _ in range(5 if QUICK else 30):
         began = time.perf_counter()
         optimizer.step()
         times.append(time.perf_counter() - began)
-    per_number = sorted(times)[len(times) // 2] / sum(p.numel() for p in tensors)
-    print(f"  {name:15} {len(count.names):5} operations for {len(tensors)} tensors; {per_number * 1e9:5.2f} ns a parameter")
-print(f"  28 bytes in that time: {28e-9 / per_number:.1f} GB/s, on one thread;", *(n for n in count.names if "adam" in n))
+    each = sorted(times)[len(times) // 2] / sum(p.numel() for p in model.parameters())
+    print(f"  {name:18} {len(count.names):5} operations for {len(optimizer.state)} tensors; {each * 1e9:5.2f} ns a parameter")
+print(f"  28 bytes in that time: {28e-9 / each:.1f} GB/s, on one thread")
 
 clipped = [torch.ones(300, requires_grad=True) for _ in range(2)]
 for w in clipped:
@@ -345,13 +274,13 @@ inside.step()
 torch.nn.utils.clip_grad_norm_([clipped[1]], 1.0)
 outside.step()
 apart = (clipped[0] - clipped[1]).abs().max().item()
-print(f"  clipping inside the step: norm {inside.grad_norm:.2f} before, step {0.1 * 1.0:.2f} allowed, {(1 - clipped[0]).norm():.4f} taken;")
+print(f"  clipping inside the step: norm {inside.grad_norm:.2f} before, step 0.1 allowed, {(1 - clipped[0]).norm():.4f} taken;")
 print(f"  torch's clipping and then the step: weights differ by {apart:.0e} at most")
 assert apart < 1e-6
 
 # %% [markdown]
 # ## Keep
-# * Momentum sums what gradients agree on; RMSprop and Adam divide by their usual size, weight by weight, axis by axis.
+# * Momentum sums what gradients agree on; RMSprop and Adam divide by their usual size, weight by weight.
 # * Adam's learning rate is a step length, SGD's a factor of the gradient. Search for it anew when you change the optimizer.
 # * A weight decay with Adam is AdamW. Adam's own `weight_decay` is an L2 penalty, divided by each weight's gradient size.
 # * Noise keeps the weights shaking in proportion to the learning rate: start large, end small. Any of the three schedules does.

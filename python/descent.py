@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from few_digits import verdict
-from lesson import FuncAnimation, plt
+from lesson import GREY, FuncAnimation, plt
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,7 +18,6 @@ from dlkernels.data import digits
 from dlkernels.models.mlp import PlainMLP
 
 START, MINIMUM = (-1.5, 1.8), (1.0, 1.0)
-Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def banana(x: Tensor, y: Tensor) -> Tensor:
@@ -26,13 +25,13 @@ def banana(x: Tensor, y: Tensor) -> Tensor:
     return (1 - x) ** 2 + 10 * (y - x**2) ** 2
 
 
-def walk(make: Callable[..., Any], lr: float, steps: int, loss: Loss = banana, start: tuple[float, float] = START) -> tuple[Tensor, Tensor]:
+def walk(make: Callable[..., Any], lr: float, steps: int) -> tuple[Tensor, Tensor]:
     """The points [n + 1, 2] an optimizer passes and the losses [n + 1] there; n is ``steps``, or less where the loss explodes."""
-    w = torch.tensor(start, dtype=torch.float64, requires_grad=True)
+    w = torch.tensor(START, dtype=torch.float64, requires_grad=True)
     optimizer = make([w], lr=lr)
     points, losses = [], []
     for _ in range(steps + 1):
-        value = loss(*w)
+        value = banana(*w)
         points.append(w.detach().clone())
         losses.append(value.detach())
         if not value < 1e6:
@@ -56,9 +55,9 @@ def draw_valley(plot: Any) -> None:
     """Contours of the banana, the start and the minimum."""
     x, y = torch.meshgrid(torch.linspace(-2.1, 1.9, 200), torch.linspace(-1.2, 3.2, 200), indexing="xy")
     levels = [10 ** (e / 2) for e in range(-4, 5)]
-    plot.contour(x, y, banana(x, y), levels=levels, cmap="Greys_r", linewidths=0.6, alpha=0.7)
+    plot.contour(x, y, banana(x, y), levels=levels, colors=GREY, linewidths=0.6, alpha=0.6)
     plot.plot(*START, "o", color="black", ms=5)
-    plot.plot(*MINIMUM, "*", color="black", ms=10)
+    plot.plot(*MINIMUM, "*", color="black", ms=8, zorder=0)
 
 
 Paths = dict[str, tuple[Tensor, Tensor]]  # by name, what walk() returns
@@ -69,7 +68,7 @@ def draw_paths(paths: Paths, colors: dict[str, str]) -> plt.Figure:
     figure, plots = plt.subplots(2, 3, figsize=(10, 6.2))
     for plot, (name, (points, losses)) in zip(plots.flat, paths.items()):
         draw_valley(plot)
-        plot.plot(*points.T, ".-", color=colors[name], ms=3, lw=0.8)
+        plot.plot(*points.T, ".-", color=colors[name], ms=2.5, lw=0.6)
         plot.set_title(name, fontsize=10, color=colors[name])
         plots[1, 2].semilogy(losses, color=colors[name], lw=1.3)
     plots[1, 2].set(ylim=(1e-6, 30), xlabel="step")
@@ -175,7 +174,8 @@ def draw_schedules(runs: Runs, colors: dict[str, str], lr: float) -> plt.Figure:
         losses.semilogy(range(1, len(mean) + 1), mean, "o-", ms=3, color=colors[name], label=name)
     rates.set(xlabel="step", ylim=(0, lr * 1.1))
     rates.set_title("learning rate (ReduceLROnPlateau: of one seed)", fontsize=10)
-    losses.set(xlabel="epoch")
+    losses.set(xlabel="epoch", yticks=[0.1, 0.2, 0.3, 0.4], yticklabels=["0.1", "0.2", "0.3", "0.4"])
+    losses.minorticks_off()
     losses.set_title(f"validation loss, largest learning rate {lr}", fontsize=10)
     losses.legend(fontsize=8)
     return figure
