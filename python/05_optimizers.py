@@ -31,7 +31,7 @@ GREEN, PURPLE = "#2e8b57", "#8e5bb5"
 # %% [markdown]
 # ## The rules, by hand
 # **SGD.** Near w the loss is about L(w) + g . d for a small step d. To make that small without going too far, add a price for
-# long steps, |d|^2 / (2 lr), and set the derivative to d to zero: g + d / lr = 0, so d = -lr g.
+# long steps, |d|^2 / (2 lr), and set the derivative by d to zero: g + d / lr = 0, so d = -lr g.
 #
 # **Momentum.** b <- mu b + g sums the past gradients, each counting mu times as much as the one after it. Where they agree,
 # b grows towards g (1 + mu + mu^2 + ...) = g / (1 - mu): ten times g for mu = 0.9. Where they alternate in sign, they cancel.
@@ -163,14 +163,15 @@ STOPS = (10, 30, 100, 300)
 paths = {name: walk(make, lr, max(STOPS)) for name, (make, lr, _) in DRAWN.items()}
 print(f"  {'loss after':24}" + "".join(f"{f'{n} steps':>11}" for n in STOPS) + f"{f'below {LIMIT}':>14}")
 for name, (_, losses) in paths.items():
-    row = "".join(f"{losses[n]:11.4f}" for n in STOPS) + f"{arrival(losses, LIMIT):>14}"
+    row = "".join(f"{losses[n]:11.1e}" for n in STOPS) + f"{arrival(losses, LIMIT):>14}"
     print(f"  {name:24}" + row)
 colors = {name: color for name, (_, _, color) in DRAWN.items()}
 save(draw_paths(paths, colors), "05_paths.png")
 save(animate_paths(paths, colors, [0, 10, 30] if QUICK else [*range(40), *range(40, 100, 3), *range(100, 301, 10)]), "05_paths.gif")
 
 # %% [markdown]
-# AdamW stops short of the minimum at (1, 1): its decay pulls both weights towards 0. It has another goal than the loss alone.
+# AdamW all but stops short of the minimum at (1, 1): the decay pulls both weights towards 0 by lr * decay of their size, and
+# near the minimum Adam's step is no longer than that. AdamW has another goal than the loss alone.
 #
 # ## Decay, coupled and decoupled
 # An L2 penalty adds decay * w to the gradient. For SGD that is the same as shrinking w by 1 - lr * decay. For Adam it is not:
@@ -242,9 +243,10 @@ save(draw_schedules(runs, {name: color for name, (_, color) in SCHEDULES.items()
 #
 # ## What a step costs
 # Written in tensor operations, Adam reads and writes the same numbers again and again. Our kernel is called once for all
-# tensors. It reads w, g, m and v and writes w, m and v: 7 floats of 4 bytes, 28 bytes a parameter, for some 15 operations. So
-# memory decides, and whatever else is to be done to the gradient is done while it passes: `max_grad_norm=` clips within the
-# update, at the price of one pass for the norm; `step(zero_grad=True)` clears the gradients.
+# tensors, and PyTorch's own with `fused=True` does the same. It reads w, g, m and v and writes w, m and v: 7 floats of 4 bytes,
+# 28 bytes a parameter, for some 15 operations of arithmetic. So the way to and from memory decides, and whatever else is to be
+# done to the gradient is done while it passes: `max_grad_norm=` clips within the update, at the price of one pass for the norm;
+# `step(zero_grad=True)` clears the gradients.
 
 # %%
 title("One step of AdamW")
@@ -263,7 +265,7 @@ for name, make in ADAMWS.items():
         optimizer.step()
         times.append(time.perf_counter() - began)
     each = sorted(times)[len(times) // 2] / sum(p.numel() for p in model.parameters())
-    print(f"  {name:18} {len(count.names):5} operations for {len(optimizer.state)} tensors; {each * 1e9:5.2f} ns a parameter")
+    print(f"  {name:18} {len(count.names):5} calls for {len(optimizer.state)} tensors; {each * 1e9:5.2f} ns a parameter")
 print(f"  28 bytes in that time: {28e-9 / each:.1f} GB/s, on one thread")
 
 clipped = [torch.ones(300, requires_grad=True) for _ in range(2)]
