@@ -265,7 +265,7 @@ for name, make in ADAMWS.items():
         optimizer.step()
         times.append(time.perf_counter() - began)
     each = sorted(times)[len(times) // 2] / sum(p.numel() for p in model.parameters())
-    print(f"  {name:18} {len(count.names):5} calls for {len(optimizer.state)} tensors; {each * 1e9:5.2f} ns a parameter")
+    print(f"  {name:18} calls for {len(optimizer.state)} tensors: {len(count.names):4}; {each * 1e9:5.2f} ns a parameter")
 print(f"  28 bytes in that time: {28e-9 / each:.1f} GB/s, on one thread")
 
 clipped = [torch.ones(300, requires_grad=True) for _ in range(2)]
