@@ -59,4 +59,5 @@ def serve(jobs: Mapping[str, Callable[[DeviceMesh], Any]]) -> None:
             found[name] = {"error": error}
     if rank == 0:
         print(json.dumps(found))
+    dist.barrier()  # a process that leaves while another still talks to it may abort
     dist.destroy_process_group()

@@ -43,13 +43,17 @@ def join(timeout: timedelta = timedelta(minutes=10)) -> torch.device:
     if cuda:
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
+        store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(size):  # on one machine torchrun's restarts share a store: dead addresses are in it
+            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size, timeout=timeout)
     return device
 
 
 def leave() -> None:
-    """The end of what ``join`` began."""
+    """The end of what ``join`` began, for all processes together."""
     if dist.is_available() and dist.is_initialized():
+        dist.barrier()  # one that leaves while another still talks to it may abort
         dist.destroy_process_group()
 
 

@@ -64,13 +64,16 @@ class Keeper:
         """
         t = self.trainer
         rest = {"random": gather_objects(random_state()), "progress": asdict(t.progress), "history": t.history}
+        rest["loss_sums"] = gather_objects(t.progress.loss_sum)
         rest |= {name: part.state_dict() for name, part in self._parts().items()}
         for name in ("last", "best") if best else ("last",):
             if is_sharded(t.model):
                 sharded.save(t.model, t.optimizer, rest, self.folder, name, t.progress.step)
+                (self.folder / f"{name}.pt").unlink(missing_ok=True)  # of a run that was not in shards: what is left is the newest
             elif t.rank == 0:
                 state = {"model": unwrapped(t.model).state_dict(), "optimizer": t.optimizer.state_dict(), **rest}
                 checkpoint.save(state, self.folder / f"{name}.pt")
+                sharded.remove(self.folder / name)
         wait_for_all()
 
     def resume(self) -> bool:
@@ -94,6 +97,8 @@ class Keeper:
             part.load_state_dict(state[name])
         for name, value in state["progress"].items():
             setattr(t.progress, name, value)
+        sums = state["loss_sums"]  # of each process that there was
+        t.progress.loss_sum = sums[t.rank] if len(sums) == t.size else sum(sums) / len(sums)
         t.history.clear()
         t.history.update(state["history"])
         if t.progress.position:
@@ -101,7 +106,7 @@ class Keeper:
         return True
 
     def _load_whole(self, state: dict[str, Any], file: Path) -> None:
-        missing = {"model", "optimizer", "progress", "history", "random", *self._parts()} - state.keys()
+        missing = {"model", "optimizer", "progress", "history", "random", "loss_sums", *self._parts()} - state.keys()
         if missing:
             raise checkpoint.CheckpointError(f"{file} is no checkpoint of this run: it lacks {', '.join(sorted(missing))}")
         model = unwrapped(self.trainer.model)

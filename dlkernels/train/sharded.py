@@ -69,6 +69,13 @@ def load(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> dict
     return rest
 
 
+def remove(link: Path) -> None:
+    """The checkpoint that a link leads to, and what is left of others of its name."""
+    link.unlink(missing_ok=True)
+    for old in link.parent.glob(f"{link.name}-*"):
+        shutil.rmtree(old, ignore_errors=True)
+
+
 def _point(link: Path, target: Path) -> None:
     """``link`` leads to ``target`` from now on, and older targets are removed."""
     unfinished = link.with_name(f".{link.name}.{os.getpid()}")

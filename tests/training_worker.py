@@ -1,0 +1,169 @@
+"""What one of several processes of test_distributed.py runs: the loop in every way of spreading a model, and optimizers on DTensors.
+
+With one process the same script gives what the others are compared with. Started with a mode as a second argument it trains until a
+process is killed, see ``train_until_killed``.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from gloo import serve
+from support import RawCalls
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+import dlkernels.nn as nn
+from dlkernels import functional as F
+from dlkernels import optim
+from dlkernels.train import Batches, Trainer, join, leave, spread
+from dlkernels.train.distributed import is_sharded
+
+M, K, N = 192, 20, 5
+BATCH = 24
+# how a model is spread, and options of ``spread`` and of the trainer
+WAYS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "clipped": {"max_norm": 0.3},
+    "clipped by torch": {"max_norm": 0.3, "optimizer": torch.optim.AdamW},
+    "accumulated": {"accumulate": 2, "max_norm": 0.3},
+    "activation checkpointing": {"checkpoint_activations": True},
+    "bfloat16": {"precision": "bfloat16", "max_norm": 0.3},
+}
+HOW = ("ddp", "fsdp")
+
+
+def data() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(M, K, generator=generator, dtype=torch.float64)
+    return x, (x[:, :N] + 0.3 * x[:, N : 2 * N]).argmax(1)
+
+
+def build(dtype: torch.dtype) -> torch.nn.Module:
+    torch.manual_seed(1)
+    blocks = [nn.Sequential(nn.LinearReLU(K, 32), nn.LayerNorm(32)), nn.Sequential(nn.LinearReLU(32, 16), nn.LayerNorm(16))]
+    return nn.Sequential(*blocks, nn.Linear(16, N)).to(dtype)
+
+
+def trainer_of(how: str, way: dict[str, Any], folder: Path | None = None) -> tuple[Trainer, Sequence[Any]]:
+    """In float64, so that what differs is not rounding; but for bfloat16, which is mixed with float32."""
+    options, low = dict(way), way.get("precision")
+    dtype = torch.float32 if low else torch.float64
+    again = options.pop("checkpoint_activations", False)
+    model = spread(build(dtype), how, checkpoint_activations=again, precision=low if how == "fsdp" else None)
+    optimizer = options.pop("optimizer", optim.AdamW)(model.parameters(), lr=0.01)
+    trainer = Trainer(model, F.cross_entropy, optimizer, folder=folder, **options)
+    x, y = data()
+    x = x.to(dtype)
+    return trainer, (Batches(x[:-48], y[:-48], BATCH), Batches(x[-48:], y[-48:], BATCH, shuffle=False))
+
+
+def train(how: str, way: dict[str, Any], mesh: DeviceMesh) -> dict[str, list[float]]:
+    trainer, batches = trainer_of(how, way)
+    with RawCalls() as recorded:
+        history = trainer.fit(*batches, epochs=2)
+    assert is_sharded(trainer.model) == (how == "fsdp")
+    if "optimizer" not in way:
+        steps = [args for f, args in recorded.calls if "adam_" in str(f)]
+        assert steps and all(type(t) in (Tensor, torch.nn.Parameter) for args in steps for t in args[0])
+    return {name: history[name] for name in ("train_loss", "val_loss")}
+
+
+def go_on(how: str, epochs: int, mesh: DeviceMesh) -> list[float]:
+    """Train up to so many epochs, going on from what a run of another number of processes left in the folder."""
+    trainer, batches = trainer_of(how, {"max_norm": 0.3}, Path(sys.argv[1]) / "run")
+    return trainer.fit(*batches, epochs=epochs, resume=True)["val_loss"]
+
+
+OPTIMIZERS: dict[str, Callable[..., Any]] = {
+    "AdamW": functools.partial(optim.AdamW, amsgrad=True, lr=0.1),
+    "Adam": functools.partial(optim.Adam, weight_decay=0.1, lr=0.1),
+    "SGD": functools.partial(optim.SGD, momentum=0.9, nesterov=True, lr=0.1),
+    "RMSprop": functools.partial(optim.RMSprop, centered=True, momentum=0.5),
+}
+SHAPES = ((5, 3), (1, 7), (4,), (), (0, 2))  # of these one process or several hold nothing
+
+
+def step_on_shards(make: Callable[..., Any], mesh: DeviceMesh) -> None:
+    """Parameters cut, whole, and on a grid; gradients that lie otherwise; clipping, scaling and zeroing in the step."""
+    meshes: list[tuple[DeviceMesh, list[Any]]] = [(mesh, [Shard(0)]), (mesh, [Replicate()])]
+    if dist.get_world_size() == 4:
+        grid = init_device_mesh("cpu", (2, 2))
+        meshes += [(grid, [Replicate(), Shard(0)]), (grid, [Shard(0), Shard(0)])]
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in SHAPES for _ in meshes]
+    plain: list[Any] = [t.clone().requires_grad_() for t in start]
+    shards: list[Any] = [
+        distribute_tensor(t, on, [p if t.dim() else Replicate() for p in lie]).requires_grad_()
+        for t, (on, lie) in zip(start, meshes * len(SHAPES))
+    ]
+    optimizers = make(plain), make(shards)
+    for step in range(3):
+        for one, other in zip(plain, shards):
+            one.grad = torch.randn(one.shape, generator=generator, dtype=torch.float64)
+            other.grad = distribute_tensor(one.grad.clone(), other.device_mesh, other.placements)
+        if step == 2:  # as it comes of work that is shared out
+            shards[0].grad = DTensor.from_local(plain[0].grad / mesh.size(), mesh, [Partial()])
+        versions = [p._version for p in shards]
+        with RawCalls() as recorded:
+            for optimizer in optimizers:
+                optimizer.step(**({"max_norm": 0.5, "grad_scale": 3.0, "zero_grad": True} if step else {}))
+        assert all(type(t) in (Tensor, torch.nn.Parameter) for _, args in recorded.calls for t in args[0])
+        assert all(p._version > version for p, version in zip(shards, versions))
+        for one, other in zip(plain, shards):
+            torch.testing.assert_close(other.full_tensor(), one, rtol=1e-12, atol=1e-14)
+            torch.testing.assert_close(other.grad.full_tensor(), one.grad, rtol=1e-12, atol=1e-14)
+            assert other.grad.placements == other.placements
+            for name, value in optimizers[0].state[one].items():
+                kept = optimizers[1].state[other][name]
+                assert isinstance(kept, DTensor) == (name != "step")
+                torch.testing.assert_close(kept.full_tensor() if name != "step" else kept, value, rtol=1e-12, atol=1e-14)
+    norms = [optimizer.grad_norm for optimizer in optimizers]
+    torch.testing.assert_close(norms[1], norms[0])
+
+
+def train_until_killed(folder: Path, how: str) -> None:
+    """Under torchrun: process 1 is killed in the middle of the second epoch, once; the first writes the history of a run that ends."""
+    join()
+    torch.set_num_threads(1)
+    trainer, (batches, val) = trainer_of(how, {"max_norm": 0.3, "save_every": 4}, folder)
+    finished = trainer.recorder.step
+
+    def step(*args: Any) -> None:
+        finished(*args)
+        killed = folder / "killed"
+        if trainer.progress.step == 9 and trainer.rank == 1 and not killed.exists():
+            killed.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    trainer.recorder.step = step  # type: ignore[method-assign, assignment]
+    trainer.fit(batches, val, epochs=3, resume=True)
+    if trainer.rank == 0:
+        (folder / "history.json").write_text(json.dumps(trainer.history))
+    leave()
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 2:
+        train_until_killed(Path(sys.argv[1]), sys.argv[2])
+        sys.exit()
+    processes = int(os.environ["WORLD_SIZE"])
+    ways = [(how, name) for how in (("none",) if processes == 1 else HOW) for name in WAYS]
+    jobs: dict[str, Any] = {f"{how} {name}": functools.partial(train, how, WAYS[name]) for how, name in ways}
+    jobs["go on"] = functools.partial(go_on, "none" if processes == 1 else "fsdp", {4: 1, 2: 2, 1: 3}[processes])
+    if processes == 1:
+        trainer, batches = trainer_of("none", {"max_norm": 0.3})
+        jobs["at once"] = lambda mesh: trainer.fit(*batches, epochs=3)["val_loss"]
+    else:
+        jobs |= {name: functools.partial(step_on_shards, make) for name, make in OPTIMIZERS.items()}
+    serve(jobs)
