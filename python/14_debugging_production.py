@@ -46,8 +46,7 @@ def attempt(model, batches=train, loss=F.cross_entropy, lr=0.1, make=optim.SGD, 
 # NaN is contagious: one in a single weight, and every number behind it is NaN. What you need to know is where it *began*. The
 # Trainer looks at two numbers per step, the loss and the norm of the gradient. When one of them is not finite the update has not been
 # made yet, so the step is repeated with every module watched, and `NotFinite` names the first place. The place, not the mistake: its
-# advice is a guess. Read its numbers, too. Predictions of 1e+21 tell of a learning rate, not of a log(0); and no clipping helps
-# against a gradient that is NaN already.
+# advice is a guess from the numbers it saw. Read these, too: predictions of 1e+21 tell of a learning rate, not of a log(0).
 
 # %%
 title("Nine ways to NaN, and back")

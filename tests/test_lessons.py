@@ -35,6 +35,17 @@ def test_runs(lesson: Path, tmp_path: Path) -> None:
     assert all(picture.stat().st_size > 1000 for picture in announced)
 
 
+@pytest.mark.slow
+def test_the_training_loop_runs_on_two_processes(tmp_path: Path) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    lesson = [str(ROOT / "python" / "08_training_loop.py"), "--quick", "--out", "pictures"]
+    result = subprocess.run([*torchrun, *lesson], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("Six steps by hand") == 1, "one process prints"
+    assert len(list((tmp_path / "pictures").glob("*.png"))) >= 1
+
+
 @pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.stem)
 def test_is_a_notebook_of_cells(lesson: Path) -> None:
     text = lesson.read_text()

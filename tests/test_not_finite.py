@@ -27,6 +27,15 @@ class Log(torch.nn.Module):
         return x.log()
 
 
+class Times(torch.nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
 def model_of(*middle: torch.nn.Module) -> torch.nn.Module:
     torch.manual_seed(0)
     return torch.nn.Sequential(nn.Linear(8, 16), *middle, nn.Linear(16, 3))
@@ -79,6 +88,10 @@ def test_loss() -> None:
     error = caught(model_of(), [batch()], loss=log_of_softmax)
     assert (error.where, error.module) == ("loss", "")
     assert "raw logits" in str(error)
+    error = caught(model_of(Times(1e30)), [batch()], loss=lambda z, y: (z * z).mean())
+    assert error.where == "loss"
+    assert "lower the learning rate" in str(error)
+    assert "log(0)" not in str(error)
 
 
 @pytest.mark.parametrize("world", [torch.optim, optim], ids=["torch", "ours"])
@@ -87,6 +100,16 @@ def test_gradient_of_an_output(world: Any) -> None:
     assert (error.where, error.module) == ("gradient", "2")
     assert "norm of the gradient is" in str(error)
     assert "the gradient of the output of 1 (Tanh), made by the backward of 2 (Sqrt)" in str(error)
+    assert "clipping cannot help" in str(error)
+
+
+def test_gradients_that_explode() -> None:
+    model = model_of(Times(1e25), Times(1e25))
+    for p in list(model.parameters())[:2]:
+        torch.nn.init.zeros_(p)  # 0 times anything is 0 on the way there, and the factors multiply on the way back
+    error = caught(model, [batch()])
+    assert (error.where, error.module) == ("gradient", "1")
+    assert "clip them with max_norm" in str(error)
 
 
 def test_gradient_of_a_parameter() -> None:

@@ -68,8 +68,7 @@ def find_not_finite(
             return watch.output
         if not _finite(value):
             text = f"the loss itself, from predictions that are finite ({_describe(prediction)})"
-            advice = "no log(0) and no division by 0: give cross_entropy raw logits, keep probabilities away from 0 and 1"
-            return Finding("loss", "", text, advice)
+            return Finding("loss", "", text, _TOO_LARGE if _largest(prediction) > _HUGE else _LOG_OF_0)
         value.backward()
     finally:
         watch.remove()
@@ -80,7 +79,7 @@ class _Watch:
     """Hooks on every module: the first output, and on the way back the first gradient, that is not finite."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model, self.last_finite = model, ""
+        self.model, self.last_finite, self.last_size = model, "", 0.0
         self.output: Finding | None = None
         self.gradient: Finding | None = None
         self.handles = [module.register_forward_hook(self._see(name)) for name, module in model.named_modules()]
@@ -102,21 +101,39 @@ class _Watch:
 
     def _see_gradient(self, name: str, gradient: Tensor) -> None:
         if _finite(gradient):
-            self.last_finite = name
+            self.last_finite, self.last_size = name, _largest(gradient)
         elif self.gradient is None:
             made, by = _label(name, self.model), _label(self.last_finite, self.model)
             text = f"the gradient of the output of {made}, made by the backward of {by}: {_describe(gradient)}"
-            self.gradient = Finding("gradient", self.last_finite, text, _CLIP)
+            self.gradient = Finding("gradient", self.last_finite, text, _advice_for_gradient(gradient, self.last_size))
 
 
+_HUGE = 1e10  # which no healthy prediction or gradient comes near
+_TOO_LARGE = "predictions grew without bound: lower the learning rate, or clip with max_norm"
+_LOG_OF_0 = "no log(0) and no division by 0: give cross_entropy raw logits, keep probabilities away from 0 and 1"
 _CLIP = "gradients explode: clip them with max_norm, lower the learning rate, or scale the loss down if it is float16"
+_STEEP = "a derivative that is infinite or 0/0, as of sqrt(x), a norm or log(x) at x = 0: keep x away from 0, clipping cannot help"
+
+
+def _advice_for_gradient(gradient: Tensor, before: float = 0.0) -> str:
+    """``before``: the largest magnitude of the last gradient that was finite."""
+    explodes = gradient.dtype == torch.float16 or max(before, _largest(gradient)) > _HUGE
+    return _CLIP if explodes else _STEEP
+
+
+@torch.no_grad()
+def _largest(value: Any) -> float:
+    """The largest magnitude among the finite numbers."""
+    numbers = [t[t.isfinite()].abs().max() for t in _tensors(value) if t.is_floating_point() and t.isfinite().any()]
+    return max((float(number) for number in numbers), default=0.0)
 
 
 def _gradient_of_parameter(model: nn.Module) -> Finding | None:
     for name, p in reversed(list(model.named_parameters())):
         if p.grad is not None and not _finite(p.grad):
             module, _, own = name.rpartition(".")
-            return Finding("gradient", module, f"the gradient of {own} of {_label(module, model)}: {_describe(p.grad)}", _CLIP)
+            text = f"the gradient of {own} of {_label(module, model)}: {_describe(p.grad)}"
+            return Finding("gradient", module, text, _advice_for_gradient(p.grad))
     return None
 
 

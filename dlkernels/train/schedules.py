@@ -14,7 +14,7 @@ def make_schedule(name: str, optimizer: torch.optim.Optimizer, epochs: int, step
     """A scheduler for ``Trainer``, or None for "constant". The optimizer's lr is where "cosine" and "plateau" start and "one_cycle" peaks.
 
     cosine      lr · (1 + cos(π epoch / epochs)) / 2
-    plateau     a tenth of it after 5 epochs without a lower loss
+    plateau     a tenth of it at the sixth epoch in a row without a lower loss
     one_cycle   up from lr/25 for three tenths of all steps, then down to nearly nothing: Smith and Topin 2017, arXiv:1708.07120
 
     Raises:
