@@ -17,14 +17,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}  # in which a worker finds its modules
+
 
 def launch(script: str, size: int, folder: Path) -> dict[str, Any]:
     """What came of every case of a script that ends in ``serve``, run in ``size`` processes; they and it are given the folder."""
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    environment = {**os.environ, "PYTHONPATH": path, "WORLD_SIZE": str(size)}
     workers = [
         subprocess.Popen(
-            [sys.executable, script, str(folder)], env={**environment, "RANK": str(rank)},
+            [sys.executable, script, str(folder)], env={**ENVIRONMENT, "WORLD_SIZE": str(size), "RANK": str(rank)},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for rank in range(size)

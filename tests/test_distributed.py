@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 import training_worker
-from gloo import launch
+from gloo import ENVIRONMENT, launch
 from support import SMALL
 from training_worker import HOW, OPTIMIZERS, WAYS
 
@@ -58,8 +57,7 @@ def test_optimizers_step_on_local_parts(name: str, size: int, outcomes: dict[int
 def torchrun(folder: Path, how: str, restarts: int) -> subprocess.CompletedProcess[str]:
     options = ["--nproc-per-node=2", f"--max-restarts={restarts}", "--standalone", "--monitor-interval=0.2"]
     command = [sys.executable, "-m", "torch.distributed.run", *options, training_worker.__file__, str(folder), how]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env={**ENVIRONMENT, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.slow

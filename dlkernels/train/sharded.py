@@ -72,8 +72,13 @@ def load(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> dict
 def remove(link: Path) -> None:
     """The checkpoint that a link leads to, and what is left of others of its name."""
     link.unlink(missing_ok=True)
+    _remove_targets(link)
+
+
+def _remove_targets(link: Path, but: Path | None = None) -> None:
     for old in link.parent.glob(f"{link.name}-*"):
-        shutil.rmtree(old, ignore_errors=True)
+        if old != but:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _point(link: Path, target: Path) -> None:
@@ -82,6 +87,4 @@ def _point(link: Path, target: Path) -> None:
     unfinished.unlink(missing_ok=True)
     unfinished.symlink_to(target.name, target_is_directory=True)
     os.replace(unfinished, link)
-    for old in link.parent.glob(f"{link.name}-*"):
-        if old != target:
-            shutil.rmtree(old, ignore_errors=True)
+    _remove_targets(link, but=target)
