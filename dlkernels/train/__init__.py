@@ -11,13 +11,13 @@ from .checkpoint import CheckpointError
 from .checks import NotFinite, OneBatch, find_not_finite, overfit_one_batch
 from .distributed import join, leave, spread
 from .keeper import Progress
-from .race import FIRST_STEPS, Comparison, History, accuracy, compare, time_steps, train
+from .race import FIRST_STEPS, Comparison, History, accuracy, compare, learn_one_batch, time_steps, train
 from .schedules import SCHEDULES, make_schedule
 from .trackers import TRACKERS, JSONLines, Tracker, make_tracker
 from .trainer import Trainer
 
 __all__ = [
     "FIRST_STEPS", "SCHEDULES", "TRACKERS", "Batches", "CheckpointError", "Comparison", "History", "JSONLines", "NotFinite", "OneBatch",
-    "Progress", "Tracker", "Trainer", "accuracy", "compare", "find_not_finite", "join", "leave", "make_schedule", "make_tracker",
-    "overfit_one_batch", "spread", "time_steps", "train",
+    "Progress", "Tracker", "Trainer", "accuracy", "compare", "find_not_finite", "join", "learn_one_batch", "leave", "make_schedule",
+    "make_tracker", "overfit_one_batch", "spread", "time_steps", "train",
 ]  # fmt: skip

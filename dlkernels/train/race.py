@@ -3,6 +3,7 @@
 train("mlp")                    one run with dlkernels' layers and optimizers
 train("mlp", nn=torch.nn)       the same run in native PyTorch: same data order, same first weights (dropout draws masks of its own)
 compare("mlp")                  both, epoch by epoch in turns, and the time of one step
+learn_one_batch("mlp")          whether model, loss and labels fit together, in a second
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -22,6 +24,7 @@ from dlkernels.bench.timing import Interrupted, Timing, interleave
 from dlkernels.models import MODELS, ModelSpec
 
 from .batches import Batches
+from .checks import OneBatch, overfit_one_batch
 from .distributed import spread
 from .randomness import own_random_numbers
 from .schedules import make_schedule
@@ -81,13 +84,14 @@ class Run:
         parameters = sum(p.numel() for p in model.parameters())
         model = spread(model, how, precision=options.get("precision"))
         optimizer = optim.AdamW(model.parameters(), lr=spec.lr, weight_decay=spec.weight_decay)
-        scheduler = make_schedule(schedule, optimizer, epochs, len(self.batches))
+        updates = -(-len(self.batches) // max(options.get("accumulate", 1), 1))  # per epoch
+        scheduler = make_schedule(schedule, optimizer, epochs, updates)
+        options.setdefault("max_norm", spec.max_norm)
         options.setdefault("trackers", ["jsonl"] if options.get("folder") is not None else [])
         self.first_losses = FirstLosses()
         options["trackers"] = [*options["trackers"], self.first_losses]
         self.trainer = Trainer(
-            model, spec.loss(nn), optimizer, scheduler=scheduler, max_norm=spec.max_norm, metrics={"val_accuracy": accuracy}, log_every=1,
-            seed=seed, **options,
+            model, spec.loss(nn), optimizer, scheduler=scheduler, metrics={"val_accuracy": accuracy}, log_every=1, seed=seed, **options
         )  # fmt: skip
         random_layers = any(isinstance(layer, torch.nn.Dropout) for layer in model.modules())
         provider = "eager" if nn is torch.nn else "dlkernels"
@@ -110,6 +114,22 @@ class Run:
 def accuracy(logits: Tensor, y: Tensor) -> Tensor:
     """The part of the rows whose largest logit is their label's."""
     return (logits.argmax(1) == y).double().mean()
+
+
+def learn_one_batch(
+    spec: ModelSpec | str, nn: ModuleType = dlkernels.nn, optim: ModuleType | None = None, *, seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> OneBatch:  # fmt: skip
+    """Whether a new model of ``spec`` learns the first rows of its data by heart: see ``overfit_one_batch``."""
+    spec = _find(spec)
+    data = spec.data().to(device, torch.float32)
+    x, y = data.x_train[: spec.batch_size], data.y_train[: spec.batch_size]
+    make = partial((optim or _optim_of(nn)).AdamW, weight_decay=0.0)
+    return overfit_one_batch(_built(spec, nn, seed, device), spec.loss(nn), x, y, optimizer=make)
+
+
+def _optim_of(nn: ModuleType) -> ModuleType:
+    return torch.optim if nn is torch.nn else dlkernels.optim
 
 
 def _built(spec: ModelSpec, nn: ModuleType, seed: int, device: torch.device | str) -> torch.nn.Module:
@@ -138,9 +158,7 @@ def train(
     spec = _find(spec)
     epochs = spec.epochs if epochs is None else epochs
     with _threads(threads):
-        run = Run(
-            spec, nn, optim or (torch.optim if nn is torch.nn else dlkernels.optim), seed, epochs, device, dtype, bar=progress, **options
-        )
+        run = Run(spec, nn, optim or _optim_of(nn), seed, epochs, device, dtype, bar=progress, **options)
         run.trainer.fit(run.batches, run.val, epochs=epochs, resume=resume)
     return run.seen()
 
@@ -171,7 +189,7 @@ def compare(
 ) -> Comparison:  # fmt: skip
     """Train ``spec`` natively and with dlkernels, in turns, and time one step of each. Ctrl-C keeps the finished epochs.
 
-    ``options`` are those of ``train`` that write no files.
+    ``options`` are those of ``train`` that write no files. With ``patience`` each of the two stops for itself.
     """
     spec = _find(spec)
     epochs = spec.epochs if epochs is None else epochs
@@ -185,25 +203,28 @@ def compare(
         steps = {}
         try:
             if not native.interrupted:
-                steps = time_steps(spec, device, min_seconds)
+                alike = {name: options[name] for name in ("precision", "accumulate", "max_norm") if name in options}
+                steps = time_steps(spec, device, min_seconds, **alike)
         except Interrupted as stopped:
             steps = stopped.timings
             native.interrupted = ours.interrupted = True
-    return Comparison(native, ours, steps, len(spec.batch()[0]))
+    return Comparison(native, ours, steps, len(spec.batch()[0]) * options.get("accumulate", 1))
 
 
-def time_steps(spec: ModelSpec, device: torch.device | str = "cpu", min_seconds: float = 1.0) -> dict[str, Timing]:
+def time_steps(spec: ModelSpec, device: torch.device | str = "cpu", min_seconds: float = 1.0, **options: Any) -> dict[str, Timing]:
     """Seconds of one whole training step, native ("eager") and ours ("dlkernels"), sample by sample in turns.
 
-    On the synthetic batch: needs no data set. Raises ``Interrupted``, which carries the finished samples, on Ctrl-C.
+    On the synthetic batch: needs no data set. ``options`` are the ``Trainer``'s.
+
+    Raises ``Interrupted``, which carries the finished samples, on Ctrl-C.
     """
     x, y = (t.to(device) for t in spec.batch())
 
     def step_of(nn: ModuleType, optim: ModuleType) -> Callable[[], object]:
         model = _built(spec, nn, 0, device)
         optimizer = optim.AdamW(model.parameters(), lr=spec.lr, weight_decay=spec.weight_decay)
-        trainer = Trainer(model, spec.loss(nn), optimizer, max_norm=spec.max_norm)
-        return lambda: trainer.training_step([(x, y)])
+        trainer = Trainer(model, spec.loss(nn), optimizer, **{"max_norm": spec.max_norm, **options})
+        return lambda: trainer.training_step([(x, y)] * trainer.accumulate)
 
     steps = {"eager": step_of(torch.nn, torch.optim), "dlkernels": step_of(dlkernels.nn, dlkernels.optim)}
     return interleave(steps, min_seconds=min_seconds, min_samples=30, device=device, cold=False)
@@ -215,7 +236,10 @@ def _take_turns(runs: list[Run], epochs: int, progress: bool) -> None:
     bar = tqdm(range(epochs), desc=runs[0].spec.name, unit="epoch", disable=None if progress else True)  # None: only on a terminal
     try:
         for number in bar:
-            for run in runs if number % 2 == 0 else reversed(runs):  # neither always goes first
+            going = [run for run in runs if not run.trainer.out_of_patience()]
+            if not going:
+                break
+            for run in going if number % 2 == 0 else reversed(going):  # neither always goes first
                 run.epoch()
             bar.set_postfix({run.history.provider: f"{run.trainer.history['val_accuracy'][-1]:.1%}" for run in runs})
     except KeyboardInterrupt:

@@ -151,7 +151,7 @@ class Trainer:
         self.stopped = ""
         with self.recorder.running(train, epochs):
             try:
-                while self.progress.epoch < epochs and not self._out_of_patience():
+                while self.progress.epoch < epochs and not self.out_of_patience():
                     self.epoch(train, val)
             except KeyboardInterrupt:
                 self.stopped = "interrupted"
@@ -227,7 +227,8 @@ class Trainer:
                 self.recorder.see()
                 self.keeper.save()
 
-    def _out_of_patience(self) -> bool:
+    def out_of_patience(self) -> bool:
+        """Whether ``patience`` is at its end, which ``stopped`` then says."""
         if self.patience is not None and self.progress.stale >= self.patience:
             self.stopped = "patience"
         return self.stopped == "patience"
