@@ -12,7 +12,7 @@ import pytest
 import training_worker
 from gloo import ENVIRONMENT, launch
 from support import SMALL
-from training_worker import HOW, OPTIMIZERS, WAYS
+from training_worker import HOW, OPTIMIZERS, WAYS, WORLDS
 
 pytestmark = pytest.mark.skipif(SMALL, reason="how processes share work is nothing that the interpreter could change")
 
@@ -46,6 +46,13 @@ def test_checkpoints_can_be_read_by_another_number_of_processes(outcomes: dict[i
     at_once = value(outcomes[1]["at once"])
     assert value(outcomes[1]["go on"]) == pytest.approx(at_once, rel=1e-9)
     assert len(at_once) == 3
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_batch_norm_under_fsdp_in_bfloat16(size: int, outcomes: dict[int, dict[str, Any]]) -> None:
+    native, ours = (value(outcomes[size][f"batch norm {name}"]) for name in WORLDS)
+    assert ours == pytest.approx(native, rel=0.02)
+    assert ours == sorted(ours, reverse=True)
 
 
 @pytest.mark.parametrize("size", [2, 4])

@@ -41,6 +41,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "bfloat16": {"precision": "bfloat16", "max_norm": 0.3},
 }
 HOW = ("ddp", "fsdp")
+WORLDS = {"native": torch.nn, "dlkernels": nn}
 
 
 def data() -> tuple[Tensor, Tensor]:
@@ -83,6 +84,22 @@ def go_on(how: str, epochs: int, mesh: DeviceMesh) -> list[float]:
     """Train up to so many epochs, going on from what a run of another number of processes left in the folder."""
     trainer, batches = trainer_of(how, {"max_norm": 0.3}, Path(sys.argv[1]) / "run")
     return trainer.fit(*batches, epochs=epochs, resume=True)["val_loss"]
+
+
+def batch_norm_in_bfloat16(world: Any, mesh: DeviceMesh) -> list[float]:
+    """Batch norm within a block and as a block: parameters and statistics stay in float32, all else is gathered in bfloat16."""
+    torch.manual_seed(1)
+    block = nn.Sequential(world.Linear(K, 32), world.BatchNorm1d(32), world.ReLU())
+    model = spread(nn.Sequential(block, world.BatchNorm1d(32), world.Linear(32, N)), "fsdp", precision="bfloat16")
+    seen: list[torch.dtype] = []
+    for layer in (block[1], model[1], model[2]):  # type: ignore[index]
+        layer.register_forward_pre_hook(lambda layer, x: seen.append(layer.weight.dtype))
+    trainer = Trainer(model, F.cross_entropy, optim.AdamW(model.parameters(), lr=0.01), precision="bfloat16", max_norm=1.0)
+    x, y = data()
+    losses = trainer.fit(Batches(x.float(), y, BATCH), Batches(x.float(), y, M), epochs=3)["val_loss"]
+    assert seen[:3] == [torch.float32, torch.float32, torch.bfloat16]
+    assert is_sharded(block[1]) and all(b.dtype == torch.float32 for b in model.buffers() if b.is_floating_point())
+    return losses
 
 
 OPTIMIZERS: dict[str, Callable[..., Any]] = {
@@ -166,4 +183,5 @@ if __name__ == "__main__":
         jobs["at once"] = lambda mesh: trainer.fit(*batches, epochs=3)["val_loss"]
     else:
         jobs |= {name: functools.partial(step_on_shards, make) for name, make in OPTIMIZERS.items()}
+        jobs |= {f"batch norm {name}": functools.partial(batch_norm_in_bfloat16, world) for name, world in WORLDS.items()}
     serve(jobs)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase  # of batch and instance norm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -67,7 +68,8 @@ def spread(
         how: "none", "ddp" or "fsdp".
         blocks: what is gathered as one under fsdp, and computed again in backward; default: the members of the model's sequences and
             module lists, which are a transformer's blocks and a perceptron's layers.
-        precision: "bfloat16" lets fsdp gather parameters in half the bytes; gradients are summed in float32.
+        precision: "bfloat16" lets fsdp gather parameters in half the bytes; gradients are summed in float32. Layers with running
+            statistics stay in float32, as these are.
         checkpoint_activations: keep only the inputs of the blocks, and compute the rest again in backward: less memory for a third more
             arithmetic.
 
@@ -87,9 +89,10 @@ def spread(
     if how == "fsdp":
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-        low = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        for block in (*found, model):
-            fully_shard(block, mp_policy=low if precision == "bfloat16" else MixedPrecisionPolicy())
+        same, low = MixedPrecisionPolicy(), MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        norms = [m for m in model.modules() if isinstance(m, _NormBase)] if precision == "bfloat16" else []
+        for block in dict.fromkeys([*norms, *found, model]):
+            fully_shard(block, mp_policy=low if precision == "bfloat16" and block not in norms else same)
     return model
 
 
