@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 import resource
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.optim import lr_scheduler
 
 import dlkernels.nn as nn
 from dlkernels import functional as F
 from dlkernels import optim
-from dlkernels.train import Batches, CheckpointError, Trainer, checkpoint
+from dlkernels.train import Batches, CheckpointError, Trainer, checkpoint, make_schedule, sharded
 
 
 class Evil:
@@ -148,3 +149,70 @@ def test_of_a_model_with_other_layers(tmp_path: Path) -> None:
     again = Trainer(model, F.cross_entropy, optim.AdamW(model.parameters()), folder=tmp_path, trackers=[])
     with pytest.raises(CheckpointError, match=r"of another model: it lacks nothing and has \['1.bias', '1.weight'\] besides"):
         again.fit(batches(), epochs=2, resume=True)
+
+
+def scheduled(folder: Path, make: Callable[[torch.optim.Optimizer], Any]) -> Trainer:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(nn.Linear(20, 2))
+    optimizer = optim.AdamW(model.parameters(), lr=0.01)
+    return Trainer(model, F.cross_entropy, optimizer, scheduler=make(optimizer), folder=folder, trackers=[])
+
+
+def named(name: str, epochs: int = 3, accumulate: int = 1) -> Callable[[torch.optim.Optimizer], Any]:
+    return lambda optimizer: make_schedule(name, optimizer, epochs, 4 // accumulate)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        (named("cosine"), named("one_cycle"), "there the schedule is CosineAnnealingLR, here OneCycleLR"),
+        (named("cosine"), named("constant"), "there the schedule is CosineAnnealingLR, here none"),
+        (named("constant"), named("plateau"), "there the schedule is none, here ReduceLROnPlateau"),
+        (named("one_cycle"), named("one_cycle", 6), "the total_steps of OneCycleLR is 12, here 24 .which follows from epochs"),
+        (named("one_cycle"), named("one_cycle", 3, 2), "the total_steps of OneCycleLR is 12, here 6 .which follows from epochs"),
+        (named("plateau"), lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=2), "the patience of ReduceLROnPlateau is 5, here 2"),
+        (named("cosine"), lambda o: lr_scheduler.CosineAnnealingLR(o, 3, eta_min=1e-3), "the eta_min of .* is 0.0, here 0.001"),
+    ],
+)  # fmt: skip
+def test_of_another_schedule(first: Any, second: Any, message: str, tmp_path: Path) -> None:
+    scheduled(tmp_path, first).fit(batches(), epochs=1)
+    again = scheduled(tmp_path, second)
+    before = weights(again)
+    with pytest.raises(CheckpointError, match=rf"last\.pt is of another schedule: .*{message}.*; keep it, or begin anew"):
+        again.fit(batches(), epochs=6, resume=True)
+    assert torch.equal(weights(again), before)
+    assert not again.optimizer.state
+
+
+@pytest.mark.parametrize(("epochs", "reached"), [(6, 3), (6, 2), (4, 1), (2, 1)])
+def test_a_cosine_may_become_longer_or_shorter(epochs: int, reached: int, tmp_path: Path) -> None:
+    """The rates that are left are those of a run that had this length from the start, twice over."""
+    whole = scheduled(tmp_path / "whole", named("cosine", epochs)).fit(batches(), epochs=epochs)["lr"]
+    scheduled(tmp_path, named("cosine", 3)).fit(batches(), epochs=reached)
+    for until in (min(reached + 1, epochs), epochs):
+        again = scheduled(tmp_path, named("cosine", epochs))
+        found = again.fit(batches(), epochs=until, resume=True)["lr"]
+    assert found[reached:] == pytest.approx(whole[reached:], abs=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_shards_that_lack_something(tmp_path: Path) -> None:
+    first = trainer_of(tmp_path)
+    sharded.save(first.model, first.optimizer, {"progress": {}, "history": {}, "random": []}, tmp_path, "last", 1)
+    again = trainer_of(tmp_path, width=32)
+    with pytest.raises(CheckpointError, match="last is no checkpoint of this run: it lacks loss_sums, scaler, schedule, scheduler"):
+        again.fit(batches(), epochs=1, resume=True)
+
+
+def test_the_sum_of_losses_is_kept_once(tmp_path: Path) -> None:
+    trainer_of(tmp_path).fit(batches(), epochs=1)
+    state = checkpoint.load(tmp_path / "last.pt")
+    assert state["loss_sums"] == [0.0]
+    assert "loss_sum" not in state["progress"]
+
+
+def test_a_run_may_go_on_in_another_precision(tmp_path: Path) -> None:
+    for epochs, precision in enumerate((None, "float16", "bfloat16"), start=1):
+        new = trainer_of(tmp_path)
+        again = Trainer(new.model, new.loss, new.optimizer, precision=precision, folder=tmp_path, trackers=[])
+        assert len(again.fit(batches(), epochs=epochs, resume=True)["lr"]) == epochs

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from . import checkpoint, sharded
 from .distributed import gather_objects, is_sharded, unwrapped, wait_for_all
 from .randomness import random_state, seed_all
+from .schedules import difference, go_on
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -63,9 +64,11 @@ class Keeper:
             CheckpointError: it cannot be written; the ones before are untouched.
         """
         t = self.trainer
-        rest = {"random": gather_objects(random_state()), "progress": asdict(t.progress), "history": t.history}
-        rest["loss_sums"] = gather_objects(t.progress.loss_sum)
-        rest |= {name: part.state_dict() for name, part in self._parts().items()}
+        progress = asdict(t.progress)
+        sums = gather_objects(progress.pop("loss_sum"))
+        rest: dict[str, Any] = {"random": gather_objects(random_state()), "progress": progress, "loss_sums": sums, "history": t.history}
+        rest |= {"schedule": t.schedule, "scheduler": None if t.scheduler is None else t.scheduler.state_dict()}
+        rest["scaler"] = t.scaler.state_dict()
         for name in ("last", "best") if best else ("last",):
             if is_sharded(t.model):
                 sharded.save(t.model, t.optimizer, rest, self.folder, name, t.progress.step)
@@ -80,21 +83,26 @@ class Keeper:
         """Go on from ``last``, and return whether there is one. Every process must call it.
 
         Raises:
-            CheckpointError: it is damaged, or of another model; nothing has changed then.
+            CheckpointError: it is damaged, or of another model or schedule; nothing has changed then.
         """
         t = self.trainer
         file, parts = self.folder / "last.pt", self.folder / "last"
         if parts.exists():
-            state = sharded.load(t.model, t.optimizer, parts)
+            state = checkpoint.load(parts / "rest.pt")
+            self._check(state, parts)
+            sharded.load(t.model, t.optimizer, parts)
         elif file.exists() and is_sharded(t.model):
             raise checkpoint.CheckpointError(f"{file} is of a whole model; a model in shards goes on from checkpoints in shards alone")
         elif file.exists():
             state = checkpoint.load(file, t.device)
+            self._check(state, file, "model", "optimizer")
             self._load_whole(state, file)
         else:
             return False
-        for name, part in self._parts().items():
-            part.load_state_dict(state[name])
+        if state["scaler"]:  # else the run so far was not in float16
+            t.scaler.load_state_dict(state["scaler"])
+        if t.scheduler is not None:
+            go_on(t.scheduler, state["scheduler"])
         for name, value in state["progress"].items():
             setattr(t.progress, name, value)
         sums = state["loss_sums"]  # of each process that there was
@@ -105,10 +113,15 @@ class Keeper:
             t.resumed_random = self._random_numbers(state["random"])
         return True
 
-    def _load_whole(self, state: dict[str, Any], file: Path) -> None:
-        missing = {"model", "optimizer", "progress", "history", "random", "loss_sums", *self._parts()} - state.keys()
+    def _check(self, state: dict[str, Any], path: Path, *more: str) -> None:
+        """Raise CheckpointError unless ``state`` has all that a run goes on from, and this run's schedule."""
+        missing = {"progress", "history", "random", "loss_sums", "schedule", "scheduler", "scaler", *more} - state.keys()
         if missing:
-            raise checkpoint.CheckpointError(f"{file} is no checkpoint of this run: it lacks {', '.join(sorted(missing))}")
+            raise checkpoint.CheckpointError(f"{path} is no checkpoint of this run: it lacks {', '.join(sorted(missing))}")
+        if other := difference(state["schedule"], self.trainer.schedule):
+            raise checkpoint.CheckpointError(f"{path} is of another schedule: {other}; keep it, or begin anew in another folder")
+
+    def _load_whole(self, state: dict[str, Any], file: Path) -> None:
         model = unwrapped(self.trainer.model)
         checkpoint.check_fits(model, state["model"], file)
         try:
@@ -116,11 +129,6 @@ class Keeper:
         except (ValueError, KeyError) as error:
             raise checkpoint.CheckpointError(f"{file} is of another optimizer: {error}") from error
         model.load_state_dict(state["model"])
-
-    def _parts(self) -> dict[str, Any]:
-        """What has a state_dict besides model and optimizer."""
-        parts = {"scheduler": self.trainer.scheduler, "scaler": self.trainer.scaler}
-        return {name: part for name, part in parts.items() if part is not None}
 
     def _random_numbers(self, states: list[Any]) -> Any:
         """This process's; new ones where the number of processes has changed."""

@@ -49,8 +49,8 @@ def save(model: nn.Module, optimizer: torch.optim.Optimizer, rest: dict[str, Any
         raise checkpoint.CheckpointError(problem)
 
 
-def load(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> dict[str, Any]:
-    """Read parameters and moments into ``model`` and ``optimizer``, however these are spread, and return the rest.
+def load(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> None:
+    """Read parameters and moments into ``model`` and ``optimizer``, however these are spread.
 
     Raises:
         CheckpointError: parts are missing or damaged, or of another model; the model may then be half loaded.
@@ -58,7 +58,6 @@ def load(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> dict
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-    rest = checkpoint.load(path / "rest.pt")
     weights, moments = get_state_dict(model, optimizer)
     state: dict[str, Any] = {"model": weights, "optimizer": moments}
     try:
@@ -66,7 +65,6 @@ def load(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> dict
     except Exception as error:  # torch wraps whatever went wrong, wherever
         raise checkpoint.CheckpointError(f"cannot read the checkpoint {path}: {error}") from error
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    return rest
 
 
 def remove(link: Path) -> None:

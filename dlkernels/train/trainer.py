@@ -25,6 +25,7 @@ from .checks import Loss, NotFinite, find_not_finite
 from .keeper import Keeper, Progress
 from .randomness import generator_state, own_random_numbers, seed_all, set_generator_state, set_random_state
 from .recorder import Recorder
+from .schedules import as_made
 from .trackers import Tracker
 
 PRECISIONS = {None: None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -95,7 +96,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "float16")
         if self.schedule_every is None:
             self.schedule_every = "step" if isinstance(self.scheduler, _PER_STEP) else "epoch"
-        self.progress, self.stopped = Progress(), ""
+        self.progress, self.stopped, self.schedule = Progress(), "", as_made(self.scheduler)
         self.history: History = {}
         self.keeper = None if self.folder is None else Keeper(Path(self.folder), self)
         self.recorder = Recorder(self)
@@ -140,6 +141,8 @@ class Trainer:
                 sampler has it, is told the epoch.
             val: held-out batches. Without them epochs are judged by the training loss.
             resume: go on from the folder's last checkpoint, if there is one; on a CPU to the same losses as without the interruption.
+                The schedule must be the same, but a cosine may be longer or shorter than it was (a run of 3 epochs that goes on to 6):
+                from the epoch that was reached, the learning rate is the new curve's.
 
         Raises:
             NotFinite: see ``guard``. CheckpointError: a checkpoint cannot be written or read.
