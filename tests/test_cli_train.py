@@ -143,7 +143,8 @@ def test_one_batch_is_learned_first(capsys: pytest.CaptureFixture[str], monkeypa
 )
 def test_a_wrong_option_says_what_is_right(arguments: tuple[str, ...], words: list[str], capsys: pytest.CaptureFixture[str],
                                            monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    monkeypatch.delenv("RANK", raising=False)
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
     code = run(["train", "mlp", *arguments])
     out, err = capsys.readouterr()
     assert code == 2 and not out
@@ -155,6 +156,24 @@ def test_under_torchrun_every_process_has_its_own_device(capsys: pytest.CaptureF
     monkeypatch.setenv("RANK", "0")
     assert run(["train", "mlp", "--nn", "native", "--spread", "ddp", "--device", "cpu"]) == 2
     assert "leave out --device" in capsys.readouterr().err
+
+
+def test_processes_that_share_nothing_are_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run(["train", "mlp", "--nn", "native", "--epochs", "1"]) == 2
+    assert "each of the 2 processes" in (err := capsys.readouterr().err) and "--spread ddp" in err
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    trained(capsys, "--epochs", "1")
+
+
+def test_a_resumed_run_may_be_longer_but_not_another(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for epochs in ("1", "3"):
+        trained(capsys, "--epochs", epochs, "--folder", str(tmp_path), "--resume")
+    rates = list(dict.fromkeys(line["lr"] for line in logged(tmp_path)))
+    assert rates == pytest.approx([MODELS["mlp"].lr * part for part in (1, 0.75, 0.25)])  # the last two of the curve over 3
+    again = ["--epochs", "3", "--folder", str(tmp_path), "--resume", "--schedule", "one_cycle"]
+    assert run(["train", "mlp", "--nn", "native", "--device", "cpu", *again]) == 1
+    assert "there the schedule is CosineAnnealingLR, here OneCycleLR" in capsys.readouterr().err
 
 
 def test_what_the_trainer_refuses_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

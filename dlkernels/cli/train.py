@@ -37,7 +37,7 @@ TOLD = (ValueError, ImportError, OSError, training.CheckpointError, training.Not
 @click.option("--patience", type=click.IntRange(min=1), help="Stop after so many epochs in a row without a lower held-out loss.")
 @click.option("--overfit", is_flag=True, help="First learn one batch by heart; train only if that can be done.")
 @click.option("--folder", type=click.Path(path_type=Path, file_okay=False), help="For checkpoints and what trackers write.")
-@click.option("--resume", is_flag=True, help="Go on from the folder's last checkpoint, if there is one.")
+@click.option("--resume", is_flag=True, help="Go on from the folder's last checkpoint, if there is one; more --epochs extend a cosine.")
 @click.option("--track", "trackers", type=click.Choice(list(training.TRACKERS)), multiple=True,
               help="Where the numbers go; may be repeated. Default: jsonl if there is a folder.")  # fmt: skip
 @click.option("--spread", "how", type=click.Choice(SPREADS[1:]), help="Over the processes that torchrun started.")
@@ -81,6 +81,8 @@ def _refuse(world: str, given: Mapping[str, Any]) -> None:
         if name in given and name in ("resume", "trackers") and "folder" not in given:
             raise click.UsageError(f"{option} needs --folder")
     if "how" not in given:
+        if (processes := os.environ.get("WORLD_SIZE", "1")) not in ("", "1"):
+            raise click.UsageError(f"each of the {processes} processes would train the whole model for itself: add --spread ddp or fsdp")
         return
     if "RANK" not in os.environ:
         raise click.UsageError("--spread needs several processes: start them with `torchrun --nproc-per-node 2 -m dlkernels train ...`")
