@@ -1,25 +1,22 @@
-"""What one of several processes of test_sharding.py runs: every case, on tensors that lie spread over all of them.
+"""What one of several processes of test_sharding.py runs: every op and every case, on tensors that lie spread over all of them.
 
-A case compares functions of DTensors with the same functions of the whole plain tensors, which every process has.
+The cases of single functions are in sharding_layouts.py; here are all ops in turn, refusals, and what several functions do together.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-import warnings
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from gloo import serve
-from support import RawCalls, as_tuple, differentiable, label
+from sharding_layouts import CASES, WHOLE, case, compare, randn, refused, spread, whole
+from support import RawCalls, label
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor, init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from torch.distributed.tensor.placement_types import Placement
 
 import dlkernels
 import dlkernels.functional as F
@@ -27,58 +24,7 @@ from dlkernels import OPS
 from dlkernels.bench.inputs import arguments
 from dlkernels.registry import Op
 
-CASES: dict[str, Callable[[DeviceMesh], None]] = {}
 CUT = ("x", "input", "residual", "target", "indices")  # by rows; other arguments are parameters
-WHOLE = Replicate()
-
-
-def case(function: Callable[[DeviceMesh], None]) -> Callable[[DeviceMesh], None]:
-    CASES[function.__name__] = function
-    return function
-
-
-def randn(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
-
-
-def whole(t: Any) -> Any:
-    return t.full_tensor() if isinstance(t, DTensor) else t
-
-
-def spread(mesh: DeviceMesh, t: Any, placement: Placement = WHOLE) -> Any:
-    return distribute_tensor(t.detach(), mesh, [placement]).requires_grad_(t.is_floating_point()) if isinstance(t, Tensor) else t
-
-
-def compare(
-    mesh: DeviceMesh, function: Callable[..., Any], args: Sequence[Any], placements: Sequence[Placement], outputs: Placement | None = None
-) -> Any:
-    """Values and gradients of ``function`` on arguments laid out so are those of the whole ones; the DTensors that it returns."""
-    leaves = [t.detach().clone().requires_grad_() if isinstance(t, Tensor) and t.is_floating_point() else t for t in args]
-    shards = [spread(mesh, t, p) for t, p in zip(args, placements, strict=True)]
-    wanted, found = as_tuple(function(*leaves)), as_tuple(function(*shards))
-    assert len(wanted) == len(found)
-    dys = [torch.randn(y.shape, generator=torch.Generator().manual_seed(i), dtype=y.dtype) for i, y in enumerate(wanted)]
-    for y, right in zip(found, wanted):
-        assert outputs is None or y.placements == (outputs,), y.placements
-        assert y.shape == right.shape
-        torch.testing.assert_close(whole(y), right, rtol=1e-10, atol=1e-13, equal_nan=True)
-    torch.autograd.backward(wanted, dys)
-    lying = [p if p.is_shard() and not p.is_partial() else WHOLE for p in (y.placements[0] for y in found)]
-    torch.autograd.backward(found, [distribute_tensor(dy, mesh, [p]) for dy, p in zip(dys, lying)])
-    for i in differentiable(tuple(args)):
-        assert (shards[i].grad is None) == (leaves[i].grad is None), f"the gradient of argument {i} is there in one of two cases"
-        if leaves[i].grad is not None:
-            torch.testing.assert_close(whole(shards[i].grad), leaves[i].grad, rtol=1e-10, atol=1e-13, equal_nan=True)
-    return found
-
-
-def refused(call: Callable[[], Any], *words: str, kinds: Any = (RuntimeError, ValueError, TypeError)) -> None:
-    try:
-        call()
-    except kinds as error:
-        assert all(word in str(error) for word in words), f"{error!r} does not speak of {words}"
-    else:
-        raise AssertionError(f"nothing was raised; {words} should have been spoken of")
 
 
 def generic(op: Op, rows: bool, mesh: DeviceMesh) -> None:
@@ -96,159 +42,6 @@ def generic(op: Op, rows: bool, mesh: DeviceMesh) -> None:
                 compare(mesh, op.call, args, placements)
         except Exception as error:
             raise AssertionError(f"{op.name} {label(size)}") from error
-
-
-@case
-def linear_columns(mesh: DeviceMesh) -> None:
-    x, weight, bias = randn(2, 3, 7), randn(5, 7), randn(5)
-    for activation in ("none", "relu", "gelu"):
-        act = functools.partial(F.linear_act, activation=activation)
-        compare(mesh, act, (x, weight, bias), (WHOLE, Shard(0), Shard(0)), Shard(2))
-        compare(mesh, act, (x, weight, bias), (WHOLE, Shard(0), WHOLE), Shard(2))
-        compare(mesh, act, (x, weight, None), (WHOLE, Shard(0), WHOLE), Shard(2))
-
-
-@case
-def linear_sum_over_K(mesh: DeviceMesh) -> None:
-    x, weight, bias = randn(2, 3, 7), randn(5, 7), randn(5)
-    compare(mesh, F.linear, (x, weight, bias), (Shard(2), Shard(1), WHOLE), Partial())
-    compare(mesh, F.linear, (x, weight, None), (Shard(2), Shard(1), WHOLE), Partial())
-    compare(mesh, F.linear, (x, weight, bias), (WHOLE, Shard(1), WHOLE), Partial())
-    for activation in ("relu", "gelu", "tanh"):
-        compare(mesh, functools.partial(F.linear_act, activation=activation), (x, weight, bias), (Shard(2), Shard(1), WHOLE), WHOLE)
-
-
-@case
-def any_placements(mesh: DeviceMesh) -> None:
-    """Layouts that fit no rule are changed; the result is right all the same."""
-    x, weight, bias = randn(4, 6), randn(6, 6), randn(6)
-    for first in (WHOLE, Shard(0), Shard(1)):
-        for second in (WHOLE, Shard(0), Shard(1)):
-            for third in (WHOLE, Shard(0)):
-                compare(mesh, F.linear, (x, weight, bias), (first, second, third))
-                compare(mesh, F.linear_relu, (x, weight, bias), (first, second, third))
-                compare(mesh, lambda x, w, b: F.layer_norm(x, (6,), w[0], b), (x, weight, bias), (first, second, third))
-                compare(mesh, lambda x, t, b: F.cross_entropy(x, t.softmax(1), b.detach()), (x, weight[:4], bias), (first, second, third))
-                compare(mesh, lambda x, t, b: F.mse_loss(x + b, t), (x, weight[:4], bias), (first, second, third))
-    compare(mesh, lambda x, w: F.gelu(F.linear(x, w)), (x, weight), (Shard(1), Shard(1)), WHOLE)  # of a Partial
-
-
-@case
-def embedding(mesh: DeviceMesh) -> None:
-    weight, indices = randn(7, 5), torch.tensor([[1, 2, 1], [6, 1, 0], [3, 1, 1]])
-    for by_freq in (False, True):
-        call = functools.partial(F.embedding, padding_idx=2, scale_grad_by_freq=by_freq)
-        compare(mesh, call, (indices, weight), (WHOLE, Shard(1)), Shard(2))
-        compare(mesh, call, (indices, weight), (Shard(0), WHOLE), WHOLE if by_freq else Shard(0))
-        compare(mesh, call, (indices, weight), (WHOLE, Shard(0)))
-    options: list[dict[str, Any]] = [{"sparse": True}, {"max_norm": 1.0}]
-    for option in options:
-        refused(functools.partial(F.embedding, spread(mesh, indices), spread(mesh, weight), **option), "embedding", *option)
-    refused(lambda: F.embedding(spread(mesh, indices + 7), spread(mesh, weight)), "out of range", kinds=IndexError)
-
-
-@case
-def batch_norm(mesh: DeviceMesh) -> None:
-    x, numbers = randn(5, 3, 2), [randn(3), randn(3).square() + 1, randn(3), randn(3)]
-
-    def call(training: bool, function: Any = F.batch_norm) -> Any:
-        return lambda x, mean, var, weight, bias: function(x, mean.detach(), var.detach(), weight, bias, training)
-
-    for function in (F.batch_norm, F.batch_norm_relu):
-        compare(mesh, call(False, function), (x, *numbers), (Shard(0), *[WHOLE] * 4), Shard(0))
-        compare(mesh, call(False, function), (x, *numbers), (Shard(2), *[WHOLE] * 4), Shard(2))
-        for training in (False, True):
-            compare(mesh, call(training, function), (x, *numbers), (Shard(1), *[Shard(0)] * 4), Shard(1))
-    right, found = [t.clone() for t in numbers], {WHOLE: x, Shard(0): x, Shard(1): x}
-    F.batch_norm(x, *right, True)
-    for placement in found:
-        spreads = [spread(mesh, t.clone(), Shard(0) if placement == Shard(1) else WHOLE).detach() for t in numbers]
-        before = [t._version for t in spreads[:2]]
-        F.batch_norm(spread(mesh, x, placement), *spreads, True)
-        for t, wanted in zip(spreads, right):
-            torch.testing.assert_close(t.full_tensor(), wanted, rtol=1e-12, atol=1e-13)
-        assert all(t._version > version for t, version in zip(spreads, before))
-    sums = [DTensor.from_local(t, mesh, [Partial()]) for t in numbers[:2]]
-    refused(lambda: F.batch_norm(spread(mesh, x), *sums, training=True), "batch_norm", "running_mean", kinds=NotImplementedError)
-
-
-@case
-def losses_of_labels(mesh: DeviceMesh) -> None:
-    """Rows that cannot be shared out evenly, one process without a label that counts, and weights."""
-    for M in (1, 2, 5):
-        x, head, class_weight = randn(M, 6), randn(4, 6), randn(4).square()
-        labels = torch.tensor([3, 1, 0, 0, 0])[:M]
-        for reduction in ("none", "mean", "sum"):
-            out = {"none": Shard(0)}.get(reduction, Partial())
-            for weight in (None, class_weight):
-                options: dict[str, Any] = {"reduction": reduction, "ignore_index": 0}
-
-                def ce(x: Tensor, t: Tensor, w: Tensor | None, options: Any = options) -> Tensor:
-                    return F.cross_entropy(x[:, :4], t, w if w is None else w.detach(), label_smoothing=0.25, **options)
-
-                def nll(x: Tensor, t: Tensor, w: Tensor | None, options: Any = options) -> Tensor:
-                    return F.nll_loss(x[:, :4], t, w if w is None else w.detach(), **options)
-
-                def lce(x: Tensor, t: Tensor, w: Tensor | None, head: Tensor, bias: Tensor, options: Any = options) -> Tensor:
-                    return F.linear_cross_entropy(x, head, t, linear_bias=bias, weight=w if w is None else w.detach(), **options)
-
-                for function in (ce, nll):
-                    compare(mesh, function, (x, labels, weight), (Shard(0), Shard(0), WHOLE), out)
-                compare(mesh, lce, (x, labels, weight, head, randn(4)), (Shard(0), Shard(0), WHOLE, WHOLE, WHOLE), out)
-    half = distribute_tensor(torch.full((5, 4), 60000.0, dtype=torch.float16), mesh, [Shard(0)])
-    y = F.nll_loss(-half, distribute_tensor(torch.zeros(5, dtype=torch.int64), mesh, [Shard(0)]))
-    assert y.dtype == torch.float16 and y.full_tensor() == 60000, "the sum is beyond float16, the mean is not"
-
-
-@case
-def losses(mesh: DeviceMesh) -> None:
-    for M in (1, 2, 5):
-        x, t, weight = randn(M, 3, 2), randn(M, 3, 2), randn(3, 1).square()
-        for reduction in ("none", "mean", "sum"):
-            for d in (0, 1):
-                out = Shard(d) if reduction == "none" else Partial()
-                for function in (F.mse_loss, F.smooth_l1_loss, F.huber_loss, F.l1_loss, F.binary_cross_entropy_with_logits):
-                    compare(mesh, functools.partial(function, reduction=reduction), (x, t), (Shard(d), Shard(d)), out)
-
-                def bce(x: Tensor, t: Tensor, w: Tensor, p: Tensor, reduction: str = reduction) -> Tensor:
-                    return F.binary_cross_entropy_with_logits(x, t, w.detach(), reduction=reduction, pos_weight=p.detach())
-
-                compare(mesh, bce, (x, t, weight, weight[0]), (Shard(d), WHOLE if d else Shard(0), WHOLE, WHOLE))
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # of sizes that differ
-                    compare(mesh, functools.partial(F.mse_loss, reduction=reduction), (x, t[0, :1]), (Shard(d), WHOLE), out)
-    refused(lambda: F.binary_cross_entropy(spread(mesh, randn(2, 3)), spread(mesh, randn(2, 2))), "binary_cross_entropy")
-
-
-@case
-def dropout(mesh: DeviceMesh) -> None:
-    """Processes that hold the same numbers drop the same, others others, whatever the state of their generators."""
-    for same in (True, False):
-        torch.manual_seed(0 if same else dist.get_rank())
-        ones = torch.ones(200, 30, dtype=torch.float64)
-        for function in (F.dropout, lambda x, p: F.dropout_add_layer_norm(x, x.detach() * 0, p, (30,))[1]):
-            for placement in (WHOLE, Shard(0)):
-                x = distribute_tensor(ones, mesh, [placement]).requires_grad_()
-                y = function(x, 0.25)
-                assert y.placements == (placement,)
-                y.sum().backward()
-                torch.testing.assert_close(whole(x.grad), whole(y))
-                kept = [torch.empty_like(y.to_local()) for _ in range(mesh.size())]
-                dist.all_gather(kept, y.to_local().detach())
-                assert torch.equal(kept[0], kept[1]) == (placement == WHOLE)
-                assert abs((y.full_tensor() == 0).double().mean() - 0.25) < 0.03
-        x = distribute_tensor(ones, mesh, [Shard(0)])
-        assert F.dropout(x, 0.5, inplace=True) is x and (x.full_tensor() == 0).any()
-        assert F.dropout(x, 0.5, training=False) is x
-
-
-@case
-def in_place(mesh: DeviceMesh) -> None:
-    x = randn(5, 3)
-    for function in (F.relu_, F.elu_, lambda x: F.silu(x, inplace=True), lambda x: F.leaky_relu(x, -0.5, inplace=True)):
-        for placement in (WHOLE, Shard(0), Shard(1)):
-            compare(mesh, lambda x, function=function: function(x * 1), (x,), (placement,), placement)
-    refused(lambda: F.relu_(spread(mesh, x)), "leaf")
 
 
 @case
