@@ -32,8 +32,7 @@ SEEDS, EPOCHS, PATIENCE = (range(2), 4, 2) if QUICK else (range(8), 80, 15)
 # Of the 1797 digits, 100 are for training. 100 more are for *validation*: looked at during training, to decide when to stop.
 # The rest is the *test*, looked at when training is over: whatever you let a picture decide, it can no longer judge.
 #
-# Each seed draws other pictures and other first weights. The same seed draws the same ones for every technique, so that
-# techniques can be compared seed by seed.
+# Each seed draws other pictures and first weights, the same for every technique, which can so be compared seed by seed.
 
 # %%
 title("Data and network")
@@ -42,9 +41,8 @@ print(f"  {parameter_count(network()):,} weights and biases; the training pictur
 
 # %% [markdown]
 # ## Early stopping
-# After every epoch, look at the validation loss. Keep a copy of the weights whenever it is the lowest so far; stop when there
-# has been no new low for `patience` epochs, and go back to the copy. To show what that spares us, the runs below go on to the
-# end all the same, so that each has two results: with its last weights, and with the kept ones.
+# After every epoch look at the validation loss. At a new low keep a copy of the weights; after `patience` epochs without one,
+# stop and go back to the copy. The runs below go on all the same, so each has two results: of its last weights and the kept.
 
 
 # %%
@@ -298,3 +296,5 @@ save(draw_table(SCORES), "09_what_helped.png")
 # * A smaller loss is not always a better accuracy; a technique that shines elsewhere may do nothing for your data. Measure.
 # * `train()` before learning, `eval()` before judging: dropout gets noisy without it, BatchNorm may collapse.
 # * AdamW, not Adam, for weight decay. BatchNorm needs a batch, LayerNorm does not. More data, if you can get it.
+#
+# Next: `14_debugging_production.py`, what to do when it does not work.
