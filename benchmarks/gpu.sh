@@ -27,7 +27,8 @@ from dlkernels.bench.suite import geometric_means
 
 print("\nspeed over eager, geometric mean over the sizes")
 for row in geometric_means(json.load(open(sys.argv[1]))["bench"]):
-    print("{op:18} {dtype:9} {direction:17} {sizes:2} sizes   lowest {slowest:5.2f}x   mean {vs_eager:5.2f}x".format(**row))
+    print("{op:18} {dtype:9} {direction:17} {sizes:2} sizes   lowest {slowest:5.2f}x   mean {vs_eager:5.2f}x".format(**row),
+          *("  {} {:.2f}x".format(*other) for other in row["vs_others"].items()))
 '
 
 rows=()

@@ -1,6 +1,7 @@
 """A results file as the Markdown tables of the README: `python benchmarks/table.py benchmarks/results/<machine>.json`.
 
-Both show the speed over eager PyTorch, above 1 ours is faster: of every op, as geometric means over its sizes, and of one op by size.
+They show the speed over PyTorch, above 1 ours is faster: of every op and every optimizer, as geometric means over its sizes, and of one op
+by size.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ Column = tuple[str, str]  # dtype, direction
 def tables(results: Mapping[str, Any]) -> str:
     machine = results["machine"]
     where = f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}, torch {machine['torch']}, {machine['date'][:10]}"
-    return "\n\n".join([where, every_op(results), one_op(results, "linear_relu")])
+    return "\n\n".join(filter(None, [where, every_op(results), every_optimizer(results), one_op(results, "linear_relu")]))
 
 
 def every_op(results: Mapping[str, Any]) -> str:
@@ -29,8 +30,15 @@ def every_op(results: Mapping[str, Any]) -> str:
     columns = [(dtype, direction) for dtype in DTYPES[:2] for direction in DIRECTIONS]
     means = geometric_means(results["bench"])
     found = {(mean["op"], mean["dtype"], mean["direction"]): mean["vs_eager"] for mean in means}
-    ops = dict.fromkeys(mean["op"] for mean in means)
+    ops = dict.fromkeys(mean["op"] for mean in means if mean["direction"] in DIRECTIONS)
     return _markdown("op", columns, [(op, [found.get((op, *column)) for column in columns]) for op in ops])
+
+
+def every_optimizer(results: Mapping[str, Any]) -> str:
+    """One line for each optimizer's step and tail, against torch's default and its fastest; nothing where none was raced."""
+    means = [mean for mean in geometric_means(results["bench"]) if mean["direction"] not in DIRECTIONS]
+    lines = [(f"{mean['op']} {mean['direction']}", [mean["vs_eager"], *mean["vs_others"].values()]) for mean in means]
+    return _markdown("optimizer", [("torch's", "default"), ("torch's", "fastest")], lines) if lines else ""
 
 
 def one_op(results: Mapping[str, Any], op: str) -> str:

@@ -165,9 +165,15 @@ def explain(op: str, *args: Any) -> Choice:
     if reason is not None:
         return Choice("reference", reason + shards)
     device = next((a.device.type for a in args if isinstance(a, torch.Tensor)), "cpu")
+    choice = kernel_on(device)
+    return Choice(choice.implementation, choice.reason + shards)
+
+
+def kernel_on(device: str) -> Choice:
+    """What runs on a device of this type where a kernel does."""
     if device == "cpu" and not TRITON_ON_CPU:
-        return Choice(f"cpu ({isa()})", "C++ SIMD kernel" + shards)
-    return Choice("triton", ("interpreted on the CPU" if device == "cpu" else f"Triton kernel on {device}") + shards)
+        return Choice(f"cpu ({isa()})", "C++ SIMD kernel")
+    return Choice("triton", "interpreted on the CPU" if device == "cpu" else f"Triton kernel on {device}")
 
 
 def _on_shards(call: Callable[..., Any], args: tuple[Any, ...]) -> tuple[tuple[Any, ...], str]:

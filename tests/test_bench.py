@@ -18,6 +18,7 @@ from dlkernels import OPS
 from dlkernels.bench import suite
 from dlkernels.bench.inputs import label
 from dlkernels.bench.machine import describe
+from dlkernels.bench.optimizers import OPTIMIZERS, SETS, Step
 from dlkernels.bench.providers import FORWARD, TRAINING, Case, line_up
 from dlkernels.bench.results import Results, dumps
 from dlkernels.registry import Op
@@ -28,17 +29,23 @@ FAST = replace(suite.QUICK, min_seconds=0.0, min_samples=3, max_seconds=0.2)
 # suite
 
 
+def key_of(case: Case | Step) -> tuple[str, ...]:
+    return tuple(case.id[name] for name in ("op", "label", "dtype", "direction"))
+
+
 def test_a_plan_begins_with_what_matters_and_repeats_nothing() -> None:
-    ops = list(OPS.values())
+    ops, optimizers = list(OPS.values()), list(OPTIMIZERS.values())
     heads = suite.headline(ops)
     assert [op.module for op in heads] == list(dict.fromkeys(op.module for op in ops))
     for mode in suite.MODES.values():
-        cases = suite.plan(ops, mode)
-        keys = [(case.op.name, label(case.size), case.dtype, case.direction, case.compiled) for case in cases]
+        cases = suite.plan(ops, mode, optimizers=optimizers)
+        keys = [(*key_of(case), case.compiled) for case in cases]
         assert len(set(keys)) == len(keys)
-        assert cases[0].op in heads and cases[0].dtype == torch.float32 and cases[0].size in cases[0].op.quick
-    everything = {(case.op.name, label(case.size), case.dtype, case.direction) for case in suite.plan(ops, suite.FULL)}
-    assert len(everything) == sum(2 * len(op.dtypes) * len({label(s) for s in [*op.bench, *op.quick]}) for op in ops)
+        first = cases[0]
+        assert isinstance(first, Case) and first.op in heads and first.dtype == torch.float32 and first.size in first.op.quick
+    everything = {key_of(case) for case in suite.plan(ops, suite.FULL, optimizers=optimizers)}
+    steps = sum(len(optimizer.directions) * len(SETS) for optimizer in optimizers)
+    assert len(everything) == steps + sum(2 * len(op.dtypes) * len({label(s) for s in [*op.bench, *op.quick]}) for op in ops)
     assert {key[:4] for key in keys} == everything  # the last mode is the full one
 
 
@@ -49,7 +56,8 @@ def test_torch_compile_runs_everywhere_in_full_mode_and_elsewhere_as_asked() -> 
     assert not any(case.compiled for case in suite.plan(ops, suite.DEFAULT, compiled=False))
     for mode in (suite.QUICK, suite.DEFAULT):
         compiled = [case for case in suite.plan(ops, mode) if case.compiled]
-        assert compiled and all(case.op in suite.headline(ops) and case.size in case.op.quick for case in compiled)
+        assert compiled
+        assert all(isinstance(case, Case) and case.op in suite.headline(ops) and case.size in case.op.quick for case in compiled)
 
 
 def test_dtypes_can_be_chosen() -> None:

@@ -21,6 +21,7 @@ import dlkernels
 from dlkernels import OPS, assembly, show
 from dlkernels.backend import TRITON_ON_CPU
 from dlkernels.bench import suite
+from dlkernels.bench.optimizers import OPTIMIZERS
 from dlkernels.cli import run
 from dlkernels.models import MODELS
 
@@ -29,7 +30,7 @@ FAST = replace(suite.QUICK, min_seconds=0.0, min_samples=3, max_seconds=0.1)
 
 @pytest.fixture
 def one_op(monkeypatch: pytest.MonkeyPatch) -> str:
-    """Only linear_relu, at one small size, timed hastily."""
+    """No optimizer, and only linear_relu, at one small size, timed hastily."""
     small = replace(
         OPS["linear_relu"], samples=[{"M": 3, "K": 5, "N": 7}], bench=[{"M": 8, "K": 16, "N": 8}], quick=[{"M": 8, "K": 16, "N": 8}]
     )
@@ -53,6 +54,8 @@ def _only(monkeypatch: pytest.MonkeyPatch, op: Any) -> None:
     for name in list(OPS):
         monkeypatch.delitem(OPS, name)
     monkeypatch.setitem(OPS, op.name, op)
+    for name in list(OPTIMIZERS):
+        monkeypatch.delitem(OPTIMIZERS, name)
 
 
 def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -72,10 +75,12 @@ def started(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]
 def test_info_names_every_op_and_what_runs_it(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = said(capsys, "info", "--json")
     found = json.loads(out)
-    assert code == 0 and {row["op"] for row in found["ops"]} == set(OPS)
+    assert code == 0 and {row["op"] for row in found["ops"]} == {*OPS, *OPTIMIZERS}
     assert found["machine"]["torch"] == torch.__version__ and found["machine"]["isa"]
     for row in found["ops"]:
         assert row["reason"] and row["implementation"]
+        if row["op"] in OPTIMIZERS:
+            continue
         example = OPS[row["op"]].make(lambda *shape: torch.zeros(shape), **OPS[row["op"]].samples[0])
         if row["device"] == "cpu" and "float32" in row["dtypes"]:
             assert row["implementation"] == dlkernels.explain(row["op"], *example).implementation
@@ -226,7 +231,8 @@ def test_tune_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "words"),
     [
         (("check", "liner"), ["unknown op 'liner'", "Did you mean 'linear'?", "linear_relu"]),
-        (("bench", "conv9d"), ["unknown op 'conv9d'", "linear_relu"]),
+        (("bench", "conv9d"), ["unknown op 'conv9d'", "linear_relu", "rmsprop"]),
+        (("check", "adamx"), ["unknown op 'adamx'", "Did you mean 'adam'?"]),
         (("show", "nothing"), ["unknown op 'nothing'", "linear_relu"]),
         (("show",), ["Missing argument"]),
         (("train", "transformer9"), ["unknown model", *MODELS]),
@@ -237,6 +243,7 @@ def test_tune_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
         (("bench", "--device", "tpu"), ["tpu"]),
         (("bench", "--device", "cuda:99"), ["cuda:99", "CUDA devices"]),
         (("bench", "--json", "linear"), ["is an op"]),
+        (("bench", "--json", "adamw"), ["is an op"]),
         (("bench", "--json", "/"), ["is a folder"]),
         (("train", "mlp", "--epochs", "0"), ["epochs"]),
         (("nonsense",), ["No such command"]),

@@ -31,6 +31,7 @@ from torch import Tensor
 import dlkernels
 from dlkernels import OPS
 from dlkernels.bench.inputs import dtype_name
+from dlkernels.bench.optimizers import OPTIMIZERS, SAMPLES, Step, line_up_step, steps
 from dlkernels.registry import FLOATS, Op
 
 pytestmark = pytest.mark.gpu
@@ -123,3 +124,11 @@ def test_a_training_step_compiles_whole() -> None:
     compiled = torch.compile(model, fullgraph=True)
     for ours, wanted in zip(torch.autograd.grad(compiled(x).square().sum(), list(model.parameters())), eager, strict=True):
         torch.testing.assert_close(ours, wanted)
+
+
+@pytest.mark.parametrize(
+    "step", steps(list(OPTIMIZERS.values()), SAMPLES), ids=lambda step: f"{step.optimizer.name}-{step.direction}-{step.label}"
+)
+def test_optimizers_can_be_raced(step: Step) -> None:
+    field = line_up_step(step, "cuda")
+    assert set(field.calls) == {"eager", "dlkernels", step.optimizer.fastest} and all(field.agrees.values()), field.failures

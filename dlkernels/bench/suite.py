@@ -1,4 +1,5 @@
-"""The benchmark suite: every op of OPS against native PyTorch, torch.compile and its peers, beside the machine's measured limit.
+"""The benchmark suite: every op of OPS against native PyTorch, torch.compile and its peers, and the optimizers against torch's, beside the
+machine's measured limit.
 
 `plan` fixes the order: what matters most comes first, so a run that is out of time has measured the right things. `run` yields rows of
 the results file as they are finished.
@@ -16,6 +17,7 @@ import torch
 from ..registry import Op
 from .check import errors
 from .inputs import dtype_name, label
+from .optimizers import QUICK_SETS, SETS, Optimizer, Step, line_up_step, steps
 from .providers import FORWARD, TRAINING, Case, Field, line_up
 from .results import Row
 from .timing import Interrupted, Timing, interleave
@@ -51,12 +53,18 @@ def headline(ops: Sequence[Op]) -> list[Op]:
     return list(by_module.values())
 
 
-def plan(ops: Sequence[Op], mode: Mode, dtypes: Sequence[torch.dtype] | None = None, compiled: bool | None = None) -> list[Case]:
+def plan(
+    ops: Sequence[Op],
+    mode: Mode,
+    dtypes: Sequence[torch.dtype] | None = None,
+    compiled: bool | None = None,
+    optimizers: Sequence[Optimizer] = (),
+) -> list[Case | Step]:
     """The cases in the order of their weight.
 
-    Headline ops come before those that share their kernels, quick sizes before the others, and the first of `dtypes` (default: each op's
-    own, float32 and bfloat16 first) before the others. `compiled`: race torch.compile everywhere, nowhere, or (None) in full mode
-    everywhere and otherwise at headline sizes, which are then measured once more with it.
+    Headline ops come before optimizers and those before ops that share kernels, quick sizes before the others, and the first of `dtypes`
+    (default: each op's own, float32 and bfloat16 first) before the others. `compiled`: race torch.compile with ops everywhere, nowhere, or
+    (None) in full mode everywhere and otherwise at headline sizes, which are then measured once more with it.
     """
     heads = headline(ops)
     everywhere = mode.name == "full" if compiled is None else compiled
@@ -70,18 +78,22 @@ def plan(ops: Sequence[Op], mode: Mode, dtypes: Sequence[torch.dtype] | None = N
             for size in sorted(getattr(op, sizes), key=lambda size: op.cost(**size).forward_flops)
         ]
 
+    few_steps = steps(optimizers, QUICK_SETS, dtypes)
+    stages: list[Sequence[Case | Step]]
     first, second, others = slice(1), slice(1, 2), slice(1, None)
     with_compile = [replace(case, compiled=True) for case in cases(heads, "quick", first)] if compiled is None and not everywhere else []
     if mode.name == "quick":
         with_compile = [case for case in with_compile if case.direction == FORWARD and case.size == case.op.quick[0]]
         other_dtypes = [case for case in cases(heads, "quick", others) if case.size == case.op.quick[0]]
-        stages = [cases(heads, "quick", first), cases(ops, "quick", first), other_dtypes, with_compile]
+        stages = [cases(heads, "quick", first), few_steps, cases(ops, "quick", first), other_dtypes, with_compile]
     else:
         stages = [
             cases(heads, "quick", first),
+            few_steps,
             cases(ops, "quick", first),
             cases(ops, "quick", second),
             cases(heads, "bench", first),
+            steps(optimizers, SETS, dtypes),
             cases(heads, "bench", second),
             with_compile,
             cases(heads, "bench", others),
@@ -98,15 +110,15 @@ def _dtypes(op: Op, wanted: Sequence[torch.dtype] | None) -> list[torch.dtype]:
     return sorted(op.dtypes, key=lambda dtype: dtype not in (torch.float32, torch.bfloat16))
 
 
-def _without_repeats(cases: Sequence[Case]) -> list[Case]:
-    return list({(case.op.name, label(case.size), case.dtype, case.direction, case.compiled): case for case in cases}.values())
+def _without_repeats(cases: Sequence[Case | Step]) -> list[Case | Step]:
+    return list({(*_race(case.id), case.compiled): case for case in cases}.values())
 
 
 Progress = Callable[[int, int, str], None]
 
 
 def run(
-    cases: Sequence[Case],
+    cases: Sequence[Case | Step],
     mode: Mode,
     *,
     device: torch.device | str = "cpu",
@@ -119,11 +131,11 @@ def run(
     rounds are yielded before KeyboardInterrupt goes on.
     """
     start = time.perf_counter()
-    pace: dict[tuple[str, str, str], float] = {}  # seconds per flop of the slowest provider, by op, dtype and direction
+    pace: dict[tuple[str, ...], float] = {}  # seconds per flop of the slowest provider, by op, dtype and direction
     checked: dict[tuple[str, str, str], bool] = {}
     for number, case in enumerate(cases):
-        progress(number, len(cases), f"{case.op.name} {label(case.size)} {dtype_name(case.dtype)} {case.direction}")
-        kind = (case.op.name, dtype_name(case.dtype), case.direction)
+        kind, size = _race(case.id)[:3], case.id["label"]
+        progress(number, len(cases), " ".join([kind[0], size, *kind[1:]]))
         left = mode.budget - (time.perf_counter() - start)
         expected = pace.get(kind, 0.0) * case.flops * 8 + (mode.compile_reserve / 4 if case.compiled else 0)
         if left < 0 or expected > min(mode.longest_case + (mode.compile_reserve if case.compiled else 0), max(left, 2 * mode.max_seconds)):
@@ -131,10 +143,10 @@ def run(
             yield "skipped", [{**case.id, "provider": "compile" if case.compiled else "all", "reason": reason}]
             continue
         with torch.no_grad() if case.direction == FORWARD else nullcontext():
-            field = line_up(case, device)
+            field = line_up_step(case, device) if isinstance(case, Step) else line_up(case, device)
         if field.failures:
             yield "failures", [{**case.id, "provider": name, "error": error} for name, error in field.failures.items()]
-        is_right = _check(case, device, checked)
+        is_right = isinstance(case, Step) or _check(case, device, checked)  # what a step led to was compared as it was lined up
         try:
             timings, peaks = _measure(case, field, mode, device)
         except Interrupted as interruption:
@@ -156,7 +168,7 @@ def _check(case: Case, device: torch.device | str, checked: dict[tuple[str, str,
     return checked[key]
 
 
-def _measure(case: Case, field: Field, mode: Mode, device: torch.device | str) -> tuple[dict[str, Timing], dict[str, int | None]]:
+def _measure(case: Case | Step, field: Field, mode: Mode, device: torch.device | str) -> tuple[dict[str, Timing], dict[str, int | None]]:
     """Interleaved timings, and the peak memory in bytes where the device counts it."""
     if not field.calls:
         return {}, {}
@@ -180,7 +192,7 @@ def _peak_bytes(call: Callable[[], object], device: torch.device | str) -> int |
 
 
 def _rows(
-    case: Case,
+    case: Case | Step,
     field: Field,
     timings: Mapping[str, Timing],
     peaks: Mapping[str, int | None],
@@ -211,7 +223,7 @@ def _rows(
     ]
 
 
-def _limit_seconds(case: Case, limits: Mapping[str, Any] | None, threads: int) -> float | None:
+def _limit_seconds(case: Case | Step, limits: Mapping[str, Any] | None, threads: int) -> float | None:
     if not limits or not limits.get("flops"):
         return None
     from .limits import attainable
@@ -254,9 +266,10 @@ def geometric_means(rows: Sequence[Row]) -> list[Row]:
     """Our speed by op, dtype and direction, as geometric means over the sizes whose result was right.
 
     "vs_eager" counts all "sizes" where eager ran, and "slowest" is the lowest of them; "vs_compile" counts those where torch.compile ran,
-    and is None without any.
+    and is None without any; "vs_others" has a mean for every further provider by name.
     """
     seconds = {(*_race(row), row["provider"]): row["median_s"] for row in rows if row["ok"]}
+    names = dict.fromkeys(row["provider"] for row in rows if row["provider"] not in ("dlkernels", "eager", "compile"))
     groups: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
     for row in rows:
         if row["provider"] == "dlkernels" and row["ok"]:
@@ -269,11 +282,10 @@ def geometric_means(rows: Sequence[Row]) -> list[Row]:
     means = []
     for (op, dtype, direction), races in groups.items():
         eager, compiled = ratios(races, "eager"), ratios(races, "compile")
+        others = {name: statistics.geometric_mean(found) for name in names if (found := ratios(races, name))}
         if eager or compiled:
-            mean = {"vs_eager": _geometric_mean(eager), "vs_compile": _geometric_mean(compiled)}
-            means.append(
-                {"op": op, "dtype": dtype, "direction": direction, **mean, "sizes": len(eager), "slowest": min(eager, default=None)}
-            )
+            mean = {"vs_eager": _geometric_mean(eager), "vs_compile": _geometric_mean(compiled), "slowest": min(eager, default=None)}
+            means.append({"op": op, "dtype": dtype, "direction": direction, "sizes": len(eager), **mean, "vs_others": others})
     return means
 
 

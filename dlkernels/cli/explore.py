@@ -12,7 +12,8 @@ from .. import backend
 from .. import show as sources
 from ..bench import machine
 from ..bench.inputs import arguments, dtype_name
-from ..registry import OPS, Op
+from ..bench.optimizers import Optimizer
+from ..registry import FLOATS, OPS, Op
 from .options import find_ops, json_option, ops_argument, unknown
 from .output import console, emit, facts, remark, table, write_json
 
@@ -21,11 +22,11 @@ from .output import console, emit, facts, remark, table, write_json
 @ops_argument
 @json_option
 def info(ops: tuple[str, ...], json_target: str | None) -> None:
-    """Versions, instruction sets, GPU, and which implementation each op gets and why."""
-    found = find_ops(ops)
+    """Versions, instruction sets, GPU, and which implementation each op and optimizer gets and why."""
+    found, optimizers = find_ops(ops)
     here = machine.describe()
     isas = backend.supported_isas()
-    choices = [row for op in found for row in _choices(op)]
+    choices = [row for op in found for row in _choices(op)] + [row for optimizer in optimizers for row in _kernels(optimizer)]
     if json_target is not None:
         write_json({"machine": here, "supported_isas": isas, "ops": choices}, json_target)
     if json_target == "-":
@@ -58,7 +59,7 @@ def info(ops: tuple[str, ...], json_target: str | None) -> None:
 def _choices(op: Op) -> list[dict[str, Any]]:
     """One row per device and implementation: the dtypes that get it, and why."""
     rows: dict[tuple[str, str, str], list[str]] = {}
-    for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
+    for device in _devices():
         for dtype in op.dtypes:
             choice = backend.explain(op.name, *arguments(op, op.samples[0], dtype, device))
             rows.setdefault((device, choice.implementation, choice.reason), []).append(dtype_name(dtype))
@@ -66,6 +67,16 @@ def _choices(op: Op) -> list[dict[str, Any]]:
         {"op": op.name, "device": device, "dtypes": dtypes, "implementation": implementation, "reason": reason}
         for (device, implementation, reason), dtypes in rows.items()
     ]
+
+
+def _kernels(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """One row per device: every dtype has a kernel there."""
+    dtypes = [dtype_name(dtype) for dtype in FLOATS]
+    return [{"op": optimizer.name, "device": device, "dtypes": dtypes, **asdict(backend.kernel_on(device))} for device in _devices()]
+
+
+def _devices() -> list[str]:
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
 @click.command(short_help="The source of an op, or what it compiles to.")

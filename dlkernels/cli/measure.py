@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from ..bench import check as checking
 from ..bench import suite
 from ..bench.inputs import DTYPE_NAMES
+from ..bench.optimizers import SAMPLES, Optimizer, check_steps, steps
 from ..bench.results import Results, Row
 from ..bench.timing import Timing, canary, is_busy
 from ..registry import Op
@@ -28,7 +30,8 @@ FAILED = 1
 @threads_option
 @json_option
 def check(ops: tuple[str, ...], dtypes: tuple[str, ...], device: torch.device, threads: int | None, json_target: str | None) -> int:
-    """Compare values and every gradient with float64, beside native PyTorch's own error. Exit code 1 if one is off.
+    """Compare values and every gradient, and what the optimizers' steps lead to, with float64, beside native PyTorch's own error. Exit code
+    1 if one is off.
 
     The rule: |ours - exact| <= 2 |native - exact| + 1e-5 max|exact|; 3 instead of 2 for gradients in half types.
     """
@@ -36,13 +39,13 @@ def check(ops: tuple[str, ...], dtypes: tuple[str, ...], device: torch.device, t
     results = Results()
     try:
         with suite.using_threads(threads):
-            run_check(results, found, find_dtypes(dtypes), device)
+            run_check(results, *found, find_dtypes(dtypes), device)
     finally:  # Ctrl-C included: what is finished is shown
         _deliver(results, json_target, tables.checks(results.data["check"]))
     return FAILED if any(not row["ok"] for row in results.data["check"]) else 0
 
 
-@click.command(short_help="Race the ops against native PyTorch.")
+@click.command(short_help="Race ops and optimizers against native PyTorch.")
 @ops_argument
 @click.option("--quick", "mode", flag_value="quick", help="The short list of sizes: under a minute.")
 @click.option("--full", "mode", flag_value="full", help="Every size, dtype and opponent, without a time limit.")
@@ -62,7 +65,7 @@ def bench(
     compiled: bool | None,
     json_target: str | None,
 ) -> int:
-    """Race the ops against native PyTorch, beside this machine's measured limit.
+    """Race ops and optimizers against native PyTorch, beside this machine's measured limit.
 
     All opponents are timed in turns, sample by sample, in one process; the table shows medians. Ctrl-C keeps what is finished; with
     --json FILE the file is written after every row.
@@ -71,7 +74,7 @@ def bench(
     results = _open(None if json_target in (None, "-") else Path(json_target))
     try:
         with suite.using_threads(threads):
-            run_bench(results, found, suite.MODES[mode or "default"], find_dtypes(dtypes), device, compiled)
+            run_bench(results, *found, suite.MODES[mode or "default"], find_dtypes(dtypes), device, compiled)
     finally:
         _deliver(results, "-" if json_target == "-" else None, tables.race(results.data))
     return FAILED if any(not row["ok"] for row in results.data["bench"] if row["provider"] == "dlkernels") else 0
@@ -95,8 +98,8 @@ def report(quick: bool, out: Path, device: torch.device, threads: int | None, co
     results = _open(page.with_name("results.json"))
     try:
         with suite.using_threads(threads):
-            run_check(results, find_ops(()), None, device)
-            run_bench(results, find_ops(()), suite.MODES["quick" if quick else "default"], None, device, compiled)
+            run_check(results, *find_ops(()), None, device)
+            run_bench(results, *find_ops(()), suite.MODES["quick" if quick else "default"], None, device, compiled)
             run_models(results, device, quick)
     finally:
         reporting.build(results.data, page)
@@ -108,15 +111,22 @@ def report(quick: bool, out: Path, device: torch.device, threads: int | None, co
     return FAILED if any(not row["ok"] for row in results.data["check"]) else 0
 
 
-def run_check(results: Results, ops: Sequence[Op], dtypes: Sequence[torch.dtype] | None, device: torch.device) -> None:
+def run_check(
+    results: Results,
+    ops: Sequence[Op],
+    optimizers: Sequence[Optimizer],
+    dtypes: Sequence[torch.dtype] | None,
+    device: torch.device,
+) -> None:
     """Fill the section "check"."""
     wanted = dtypes or list(DTYPE_NAMES.values())
-    total = checking.count(ops, wanted)
+    samples = steps(optimizers, SAMPLES, wanted)
+    total = checking.count(ops, wanted) + len(samples)
     with progress("checking") as update:
         update(0, total, "")
         rows: list[Row] = []
         try:
-            for number, group in enumerate(checking.run(ops, wanted, device)):
+            for number, group in enumerate(chain(checking.run(ops, wanted, device), check_steps(samples, device))):
                 update(number + 1, total, f"{group[0].op} {group[0].label} {group[0].dtype}" if group else "")
                 rows += [row.as_json() for row in group]
         finally:
@@ -126,6 +136,7 @@ def run_check(results: Results, ops: Sequence[Op], dtypes: Sequence[torch.dtype]
 def run_bench(
     results: Results,
     ops: Sequence[Op],
+    optimizers: Sequence[Optimizer],
     mode: suite.Mode,
     dtypes: Sequence[torch.dtype] | None,
     device: torch.device,
@@ -142,7 +153,7 @@ def run_bench(
             limits = measure([torch.get_num_threads()], mode.name == "quick", update)
         results.set("limits", limits)
     with progress("racing") as update:
-        cases = suite.plan(ops, mode, dtypes, compiled)
+        cases = suite.plan(ops, mode, dtypes, compiled, optimizers)
         for section, rows in suite.run(cases, mode, device=device, limits=limits, progress=update):
             results.add(section, rows)
     results.add("overhead", suite.overhead(ops, device))

@@ -9,6 +9,7 @@ import click
 import torch
 
 from ..bench.inputs import DTYPE_NAMES
+from ..bench.optimizers import OPTIMIZERS, Optimizer
 from ..registry import OPS, Op
 
 
@@ -20,12 +21,14 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> click.UsageError:
     return click.UsageError(f"unknown {kind} {name!r}.{hint}\nKnown: {', '.join(known)}")
 
 
-def find_ops(names: Iterable[str]) -> list[Op]:
-    """The ops of these names, each once; all of them for no name."""
+def find_ops(names: Iterable[str]) -> tuple[list[Op], list[Optimizer]]:
+    """The ops and the optimizers of these names, each once; all of them for no name."""
+    known = [*OPS, *OPTIMIZERS]
     for name in names:
-        if name not in OPS:
-            raise unknown("op", name, OPS)
-    return [OPS[name] for name in dict.fromkeys(names)] or list(OPS.values())
+        if name not in known:
+            raise unknown("op", name, known)
+    wanted = list(dict.fromkeys(names)) or known
+    return [OPS[name] for name in wanted if name in OPS], [OPTIMIZERS[name] for name in wanted if name in OPTIMIZERS]
 
 
 def find_dtypes(names: Iterable[str]) -> list[torch.dtype] | None:
@@ -39,7 +42,7 @@ class JsonTarget(click.ParamType):
     name = "file"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if value in OPS:
+        if value in OPS or value in OPTIMIZERS:
             self.fail(f"takes a file, and {value!r} is an op: write `{value} --json`, or `--json=-` for standard output", param, ctx)
         if value != "-" and Path(value).is_dir():
             self.fail(f"{value!r} is a folder, it needs a file", param, ctx)

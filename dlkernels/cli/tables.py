@@ -61,11 +61,12 @@ def race(data: Mapping[str, Any]) -> list[Table | Text]:
                 ratio(row["slowest"]),
                 ratio(row["vs_eager"]),
                 ratio(row["vs_compile"]),
+                ", ".join(f"{name} {mean:.2f}x" for name, mean in row["vs_others"].items()) or "-",
             )
             for row in means
         ]
-        columns = ("op", "dtype", "direction", "sizes", "lowest", "eager", "compile")
-        shown.append(table("Our speed relative to eager and torch.compile: geometric means over the sizes above", columns, lines, left=3))
+        columns = ("op", "dtype", "direction", "sizes", "lowest", "eager", "compile", "others")
+        shown.append(table("Our speed relative to the others': geometric means over the sizes above", columns, lines, left=3))
     if data["overhead"]:
         costs = [(row["what"], f"{row['microseconds']:.1f}") for row in data["overhead"]]
         shown += [Text(), table("The cost of a call", ("what", "microseconds"), costs)]

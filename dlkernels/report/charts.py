@@ -12,6 +12,8 @@ from dlkernels.report.data import EAGER, OURS, Panel, Results
 from dlkernels.report.records import ModelRun, Timing
 from dlkernels.report.svg import Axis, Plot, Point
 
+NAMES = {"compile": "torch.compile", "native": "native PyTorch", "fused": "PyTorch fused", "foreach": "PyTorch foreach"}
+
 
 @dataclass(frozen=True)
 class Style:
@@ -32,7 +34,7 @@ def styles(providers: Iterable[str]) -> dict[str, Style]:
             chosen[provider] = known[provider]
         else:
             css, mark = next(spare, ("peer3", "bar"))
-            chosen[provider] = Style(css, mark, {"compile": "torch.compile", "native": "native PyTorch"}.get(provider, provider))
+            chosen[provider] = Style(css, mark, NAMES.get(provider, provider))
     return chosen
 
 
@@ -80,9 +82,9 @@ class RoofPoint:
 
 
 def roofline(data: Results, dtype: str, look: Mapping[str, Style]) -> Markup | None:
-    """FLOP/s against FLOP per byte for one dtype: measured roofs, and every forward size of ours joined to eager's by a stem."""
+    """FLOP/s against FLOP per byte for one dtype: measured roofs, and every forward size and step of ours joined to eager's by a stem."""
     panels = [panel for panel in data.panels if panel.dtype == dtype]
-    panels = [panel for panel in panels if panel.direction == "forward"] or panels
+    panels = [panel for panel in panels if panel.direction in ("forward", "step")] or panels
     threads = max((panel.threads for panel in panels if panel.threads), default=None)
     peak = best_peak(data, dtype, threads)
     slopes = bandwidth_roofs(data, threads)

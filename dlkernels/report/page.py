@@ -91,6 +91,7 @@ def content(data: Results) -> dict[str, Any]:
         "octaves": octaves,
         "opponents": [name for name in data.providers if name not in (OURS, EAGER) and any(name == t.provider for t in data.timings)],
         "raced": [name for name in data.providers if any(name == t.provider for t in data.timings)],
+        "raced_at": {op: [name for name in data.providers if any((op, name) == (t.op, t.provider) for t in data.timings)] for op in ops},
         "bar": lambda value: ratio_bar(value, octaves),
         "eager": EAGER,
         "ours": OURS,

@@ -92,7 +92,8 @@ def losses(data: Results) -> Sentence | None:
 
 
 def provider(name: str) -> str:
-    return {EAGER: "eager PyTorch", COMPILE: "torch.compile", "native": "native PyTorch"}.get(name, name)
+    torchs = {"native": "native PyTorch", "fused": "torch's fused optimizer", "foreach": "torch's foreach optimizer"}
+    return {EAGER: "eager PyTorch", COMPILE: "torch.compile", **torchs}.get(name, name)
 
 
 def opponent(runs: Mapping[str, ModelRun]) -> ModelRun | None:
