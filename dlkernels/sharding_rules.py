@@ -152,6 +152,21 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, 
 
 
 @rule
+def conv2d_act(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int, activation: str, slope: float
+) -> Tensor:
+    layouts = _cut(x.shape, [0] if x.dim() == 4 else [], "input", name="images")
+    if groups == 1:
+        layouts.append(Layout("columns: Shard(0) of weight", {"weight": Shard(0), "bias": Shard(0)}, Shard(x.dim() - 3)))
+
+    def compute(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv2d_act(x, weight, bias, stride, padding, dilation, groups, activation, slope)
+
+    name = "conv2d" if activation == "none" else f"conv2d_{activation}"
+    return run(name, {"input": x, "weight": weight, "bias": bias}, layouts, compute)
+
+
+@rule
 def batch_norm(
     x: Tensor, mean: Tensor | None, var: Tensor | None, weight: Tensor | None, bias: Tensor | None, training: bool, momentum: float,
     eps: float, relu: bool,

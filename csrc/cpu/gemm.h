@@ -35,6 +35,7 @@ template <class Micro> struct Gemm {
     int64_t M, N, K;
     Reader<E> A, B;
     function_ref<void(const Tile<Sum>&)> epilogue;
+    int64_t deep = 8192;  // of k that are packed at a time
     Sum* sums = nullptr;  // [M][N]: where partial sums wait when K is too deep to be packed at once; the output itself if it has this type
 
     struct Rectangle { int64_t m0, m1, n0, n1; };  // C[m0 : m1, n0 : n1]
@@ -47,7 +48,7 @@ template <class Micro> struct Gemm {
 
     // Run with at most `threads` threads; parallel(n, body) calls body(begin, end) over parts of [0, n).
     template <class Parallel> void run(int64_t threads, const Parallel& parallel) {
-        constexpr int64_t PACKED = 8 << 20, DEEP = 8192;  // elements of A, and of k, that are packed at a time
+        constexpr int64_t PACKED = 8 << 20;  // elements of A that are packed at a time
         constexpr int64_t ALONE = 1 << 17;                // elements of both operands up to which nobody waits for another's share of A
         if (M == 0 || N == 0) return;
         if (double(M) * N * K < SERIAL) threads = 1;
@@ -57,7 +58,8 @@ template <class Micro> struct Gemm {
             if (threads == 1) return checked(0);
             parallel(threads, [&](int64_t begin, int64_t end) { for (int64_t t = begin; t < end; t++) checked(t); });
         };
-        int64_t deep = std::max<int64_t>(1, std::min(K, DEEP)), tall = round_up(std::min(M, std::max<int64_t>(PACKED / deep, MC)), MR);
+        deep = std::max<int64_t>(1, std::min(K, deep));
+        int64_t tall = round_up(std::min(M, std::max<int64_t>(PACKED / deep, MC)), MR);
         if (K <= deep) sums = nullptr;
         else if (!sums) sums = scratch<Sum, 4>(M * N);
         for (int64_t k = 0; (k == 0 || k < K) && good; k += deep)
@@ -76,7 +78,7 @@ template <class Micro> struct Gemm {
                 }
             }
         if constexpr (std::is_same_v<E, Sum>)
-            if (!good) Gemm<Fma<E>>{M, N, K, A, B, epilogue, sums}.run(threads, parallel);
+            if (!good) Gemm<Fma<E>>{M, N, K, A, B, epilogue, deep, sums}.run(threads, parallel);
     }
 
     // Thread t's share of the panels of one operand. False where one was refused.

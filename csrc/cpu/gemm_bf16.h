@@ -42,6 +42,7 @@ template <bool BY_ROW> void load_square(Block<bf16> x, int rows, int kc, pairs (
 template <class E> struct PairDot {
     using Element = bf16;
     using Sum = float;
+    using Lane = uint32_t;  // what a row of B is made of: pairs
     static constexpr int MR = ::MR, NR = NV * VL<float>;
     static constexpr int KC = 512, MC = 8 * MR, NC = 16 * VL<float>;
 
@@ -75,22 +76,26 @@ template <class E> struct PairDot {
     static bool pack_b(Block<bf16> block, int columns, int kc, bf16* panel) { return pack_pairs<NR>(block, columns, kc, panel); }
     static constexpr bool writes_exactly(int) { return true; }
 
-    template <int R>
-    static void tile_of(int kc, const uint32_t* a, const uint32_t* b, float* c, int64_t ldc, bool add, const bf16* next) {
+    template <int R, class A, class B>
+    static void tile_of(int kc, A a, B b, float* c, int64_t ldc, bool add, const bf16* next) {
         vec<float> acc[R][NV] = {};
-        for (int k = 0; k < kc; k += 2, a += MR, b += NR, next += 2 * VL<float>) {
+        for (int k = 0; k < kc; k += 2, next += 2 * VL<float>) {
             prefetch_l2(next);
+            const uint32_t *column = a[k / 2], *row = b[k / 2];
 #pragma GCC unroll 16
             for (int i = 0; i < R; i++)
 #pragma GCC unroll 8
                 for (int j = 0; j < NV; j++)
-                    acc[i][j] = dot_pairs(acc[i][j], pairs{} + a[i], load_raw<pairs>(b + j * VL<float>));
+                    acc[i][j] = dot_pairs(acc[i][j], pairs{} + column[i], load_raw<pairs>(row + j * VL<float>));
         }
         put(acc, c, ldc, add);
     }
+    template <class A, class B> static void tile_at(int rows, int kc, A a, B b, float* c, int64_t ldc, bool add, const bf16* next) {
+        tile_for<PairDot, A, B>(rows, std::make_integer_sequence<int, MR>{})(kc, a, b, c, ldc, add, next);
+    }
     static void tile(int rows, int, int kc, const bf16* a, const bf16* b, float* c, int64_t ldc, bool add, const bf16* next) {
-        auto *pa = reinterpret_cast<const uint32_t*>(a), *pb = reinterpret_cast<const uint32_t*>(b);
-        tile_for<PairDot>(rows, std::make_integer_sequence<int, MR>{})(kc, pa, pb, c, ldc, add, next);
+        auto lanes = [](const bf16* panel, int64_t width) { return Spaced<uint32_t>{reinterpret_cast<const uint32_t*>(panel), width}; };
+        tile_at(rows, kc, lanes(a, MR), lanes(b, NR), c, ldc, add, next);
     }
 };
 

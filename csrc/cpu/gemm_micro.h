@@ -103,15 +103,27 @@ template <class E, int R> inline void put(const vec<E> (&acc)[R][NV], E* c, int6
             store(at, add ? load(at) + acc[i][j] : acc[i][j]);
         }
 }
-template <class Micro, int... R> auto tile_for(int rows, std::integer_sequence<int, R...>) {  // one function for each number of rows
-    static constexpr decltype(&Micro::template tile_of<1>) table[] = {&Micro::template tile_of<R + 1>...};
+template <class Micro, class A, class B, int... R> auto tile_for(int rows, std::integer_sequence<int, R...>) {  // a function for each height
+    static constexpr decltype(&Micro::template tile_of<1, A, B>) table[] = {&Micro::template tile_of<R + 1, A, B>...};
     return table[rows - 1];
 }
+// Where the numbers for k begin: at equal distances, as in a panel, or wherever a list says.
+template <class E> struct Spaced {
+    const E* p;
+    int64_t step;
+    const E* operator[](int k) const { return p + k * step; }
+};
+template <class E> struct Listed {
+    const E* p;
+    const int64_t* offset;
+    const E* operator[](int k) const { return p + offset[k]; }
+};
 
 template <class E> struct Fma {
     using Element = E;
     using Sum = E;
     static constexpr int MR = ::MR, NR = NV * VL<E>;
+    using Lane = E;  // what a row of B is made of
     static constexpr int KC = 1536 / sizeof(E), MC = 8 * MR, NC = 16 * VL<E>;
 
     struct Session {};  // set up once per rectangle; AMX has something to do there
@@ -121,27 +133,28 @@ template <class E> struct Fma {
     static bool pack_b(Block<E> block, int columns, int kc, E* panel) { return pack<NR>(block, columns, kc, panel); }
     static constexpr bool writes_exactly(int) { return true; }  // the tile touches only the rows it was asked for
 
-    template <int R> static void tile_of(int kc, const E* a, const E* b, int64_t ldb, E* c, int64_t ldc, bool add, const E* next) {
+    template <int R, class A, class B> static void tile_of(int kc, A a, B b, E* c, int64_t ldc, bool add, const E* next) {
         vec<E> acc[R][NV] = {};
         for (int i = 0; i < R; i++)
             for (int j = 0; j < NV; j++) __builtin_prefetch(c + i * ldc + j * VL<E>, 1);
-        for (int k = 0; k < kc; k++, a += MR, b += ldb, next += VL<E>) {
+        for (int k = 0; k < kc; k++, next += VL<E>) {
             prefetch_l2(next);
+            const E *column = a[k], *row = b[k];
             vec<E> bk[NV];
 #pragma GCC unroll 8
-            for (int j = 0; j < NV; j++) bk[j] = load(b + j * VL<E>);
+            for (int j = 0; j < NV; j++) bk[j] = load(row + j * VL<E>);
 #pragma GCC unroll 16
             for (int i = 0; i < R; i++)
 #pragma GCC unroll 8
-                for (int j = 0; j < NV; j++) acc[i][j] += set(a[i]) * bk[j];
+                for (int j = 0; j < NV; j++) acc[i][j] += set(column[i]) * bk[j];
         }
         put(acc, c, ldc, add);
     }
-    // c[rows, NR] (+)= A panel * B, where row k of B starts at b + k * ldb; a vector of `next` per k is fetched into L2 meanwhile
-    static void tile(int rows, int kc, const E* a, const E* b, int64_t ldb, E* c, int64_t ldc, bool add, const E* next) {
-        tile_for<Fma>(rows, std::make_integer_sequence<int, MR>{})(kc, a, b, ldb, c, ldc, add, next);
+    // c[rows, NR] (+)= A B; a vector of `next` per k is fetched into L2 meanwhile
+    template <class A, class B> static void tile_at(int rows, int kc, A a, B b, E* c, int64_t ldc, bool add, const E* next) {
+        tile_for<Fma, A, B>(rows, std::make_integer_sequence<int, MR>{})(kc, a, b, c, ldc, add, next);
     }
     static void tile(int rows, int, int kc, const E* a, const E* b, E* c, int64_t ldc, bool add, const E* next) {
-        tile(rows, kc, a, b, NR, c, ldc, add, next);
+        tile_at(rows, kc, Spaced<E>{a, MR}, Spaced<E>{b, NR}, c, ldc, add, next);
     }
 };

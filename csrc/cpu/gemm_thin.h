@@ -155,7 +155,7 @@ void sweep_product(int64_t M, int64_t N, int64_t K, Reader<typename Micro::Eleme
                         const E* a = rows_of_a.a_panel(m, k);
                         Sum* at = c + m * STRIP + j;
                         if constexpr (AS_IT_LIES)
-                            Micro::tile(rows, kc, a, direct ? b.p + j : panel, direct ? b.ks : NR, at, STRIP, k > 0, a);
+                            Micro::tile_at(rows, kc, Spaced<E>{a, MR}, Spaced<E>{direct ? b.p + j : panel, direct ? b.ks : NR}, at, STRIP, k > 0, a);
                         else
                             Micro::tile(rows, NR, kc, a, panel, at, STRIP, k > 0, a);
                     }

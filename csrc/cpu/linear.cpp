@@ -110,11 +110,6 @@ template <class T> void activation_gradient(Activation act, Matrix<T> dy, Matrix
     parallel((N + strip - 1) / strip, strips, M * N < 1 << 16);
 }
 
-Activation checked_activation(const char* op, int64_t code, double slope) {
-    if (code < 0 || code >= EPILOGUES) fail(op, ": activation has code ", code, ", needs 0 to ", EPILOGUES - 1);
-    return {int(code), slope};
-}
-
 // ---- the ops, with every argument checked ------------------------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor> linear_forward(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t activation, double slope,

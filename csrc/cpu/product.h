@@ -1,5 +1,6 @@
 // The product of matrices that lie in memory as they are stored: what linear.cpp and whatever else multiplies tensors puts around gemm.h.
 #pragma once
+#include "activation.h"
 #include "gemm.h"
 #include "gemm_bf16.h"
 #include "op.h"
@@ -29,14 +30,15 @@ template <class E, class T> Block<E> read(Matrix<T> x, int64_t r0, int rows, int
     return along_k ? Block<E>{out, ld, 1} : Block<E>{out, 1, ld};
 }
 
-// out = epilogue(A B), by the micro-kernel that suits the type and the size.
+// out = epilogue(A B), by the micro-kernel that suits the type and the size. `deep` k are packed at a time.
 template <class T, class FA, class FB, class Out, class F>
-void multiply(int64_t M, int64_t N, int64_t K, const FA& A, const FB& B, Out* out, const F& epilogue) {
+void multiply(int64_t M, int64_t N, int64_t K, const FA& A, const FB& B, Out* out, const F& epilogue, int64_t threads = ::threads(),
+              int64_t deep = 8192) {
     auto run = [&](auto micro) {
         using Micro = decltype(micro);
-        Gemm<Micro> gemm{M, N, K, A, B, epilogue};
+        Gemm<Micro> gemm{M, N, K, A, B, epilogue, deep};
         if constexpr (std::is_same_v<Out, typename Micro::Sum>) gemm.sums = out;
-        gemm.run(threads(), [](int64_t n, const auto& body) { parallel(n, body); });
+        gemm.run(threads, [](int64_t n, const auto& body) { parallel(n, body); });
     };
     if (double(M) * N >= PARTS_PAY * (M + N) && K >= 64) run(typename micro_for<T, true>::type{});
     else run(typename micro_for<T, false>::type{});
@@ -47,4 +49,10 @@ template <class T, class Sum> void store_tile(const Tile<Sum>& t, T* out, int64_
     for (int i = 0; i < t.rows; i++)
         for (int j = 0; j < t.columns; j += VL<Sum>)
             store(out + (t.m + i) * ld + t.n + j, load(t.p + i * t.ld + j), t.columns - j);
+}
+
+// What an epilogue may apply.
+inline Activation checked_activation(const char* op, int64_t code, double slope) {
+    if (code < 0 || code >= EPILOGUES) fail(op, ": activation has code ", code, ", needs 0 to ", EPILOGUES - 1);
+    return {int(code), slope};
 }

@@ -1,0 +1,180 @@
+// Convolution as products: which filters meet which images, and where the sums go. No matrix of patches is written down.
+//
+//   forward   y[o, j]      = sum_k weight[o, k] x[k, j]          k = (c, r, s) at places j of y
+//   dx        dx[c, j]     = sum_k weight[c, k] dz[k, j]         k = (o, r, s) at pixels j of x: a bank for each remainder by the stride
+//   dweight   dweight[o,k] = sum_j dz[o, j] x[k, j]              over all places j, in parts that are added in order
+//
+// Filters of one pixel and machines with AMX take patches.h, all others grid.h.
+#pragma once
+#include "patches.h"
+#include "slide.h"
+
+template <class T> using direct_micro = std::conditional_t<HAS_PAIR_DOT && std::is_same_v<T, bf16>, PairDot<bf16>, Fma<compute_t<T>>>;
+
+template <class T, Memory MEMORY>
+void filter(int64_t groups, const Filters<T>& filters, const Images<T, MEMORY>& images, const std::vector<Bank<T, MEMORY>>& banks) {
+    bool tiles = HAS_TILES && sizeof(T) < 8;
+    bool matrix = banks.size() == 1 && Patches<T, MEMORY>{images, banks[0].h, banks[0].w}.is_matrix();
+    if (!tiles && !matrix) return slide<direct_micro<T>>(groups, filters, images, banks);
+    for (const auto& bank : banks) multiply_patches(groups, filters, images, bank);
+}
+
+inline std::vector<int64_t> count(int64_t n) {
+    std::vector<int64_t> all(n);
+    for (int64_t i = 0; i < n; i++) all[i] = i;
+    return all;
+}
+
+template <class T, Memory MEMORY>
+void forward(const Geometry& s, const T* x, const T* weight, const T* bias, Activation act, T* y, T* z) {
+    int64_t taps = s.R * s.S;
+    Bank<T, MEMORY> bank{s.axis(0), s.axis(1), count(s.R), count(s.S), s.S, {y, z, bias, act, s.O, s.P, s.Q, s.P, s.Q, s.Q}};
+    filter<T, MEMORY>(s.groups, {weight, s.O1, s.O1 * s.C1 * taps, s.C1 * taps, taps}, {x, s.N, s.C1, s.C, s.H, s.W}, {bank});
+}
+
+// The taps of one dimension that reach pixels first, first + stride, ... of the input, and where they then lie in the output.
+struct Reach {
+    std::vector<int64_t> taps, at;
+    Reach(int64_t count, int64_t stride, int64_t before, int64_t dilation, int64_t first) {
+        for (int64_t t = 0; t < count; t++) {
+            int64_t distance = first + before - t * dilation;
+            if (distance % stride == 0) taps.push_back(t), at.push_back(distance / stride);
+        }
+    }
+};
+
+// Pixels whose coordinates leave the same remainders, divided by the strides, are reached by the same taps: a bank for each remainder.
+template <class T, Memory MEMORY> void input_gradient(const Geometry& s, const T* dz, const T* weight, T* dx) {
+    int64_t taps = s.R * s.S;
+    std::vector<Bank<T, MEMORY>> banks;
+    for (int64_t a = 0; a < std::min(s.stride[0], s.H); a++)
+        for (int64_t b = 0; b < std::min(s.stride[1], s.W); b++) {
+            Reach h(s.R, s.stride[0], s.before[0], s.dilation[0], a), w(s.S, s.stride[1], s.before[1], s.dilation[1], b);
+            int64_t I = ceil_div(s.H - a, s.stride[0]), L = ceil_div(s.W - b, s.stride[1]);
+            Result<T, MEMORY> result{dx, nullptr, nullptr, {NONE}, s.C, s.H, s.W, I, L, L, s.stride[0], s.stride[1], a, b};
+            banks.emplace_back(Axis{s.P, I, 1, h.at}, Axis{s.Q, L, 1, w.at}, h.taps, w.taps, s.S, result);
+        }
+    Filters<T> filters{weight, s.C1, s.O1 * s.C1 * taps, taps, s.C1 * taps};
+    if (!banks.empty()) filter<T, MEMORY>(s.groups, filters, {dz, s.N, s.O1, s.O, s.P, s.Q}, banks);
+}
+
+
+// Sums over all places, in parts whose number depends on the sizes alone: a thread computes whole parts, which are added in order.
+template <class T, Memory MEMORY> struct WeightGradient {
+    using S = compute_t<T>;
+    static constexpr int64_t LEAST = 4096, MOST = 64, NUMBERS = 1 << 19;  // places in a part; parts; sums in all parts
+    static constexpr int64_t DEEP = 1024;                                 // places packed at a time
+    const Geometry& s;
+    Images<T, MEMORY> x, dz;
+    int64_t taps = s.R * s.S;
+
+    void run(T* dweight) const {
+        bool tiles = HAS_TILES && sizeof(T) < 8;
+        if (tiles || Patches<T, MEMORY>{x, s.axis(0), s.axis(1)}.is_matrix()) patches(dweight);
+        else grids(dweight);
+    }
+
+  private:
+    static int64_t parts_of(int64_t work, int64_t size) {
+        return std::clamp<int64_t>(std::min(work, NUMBERS / std::max<int64_t>(size, 1)), 1, MOST);
+    }
+
+    void patches(T* dweight) const {
+        using E = element_of<T>;
+        int64_t J = s.N * s.P * s.Q, K = s.C1 * taps, size = s.O1 * K, parts = parts_of(J / LEAST, size), length = ceil_div(J, parts);
+        Tensor memory = empty(scalar_type<S>(), {s.groups, parts, size});
+        each_group(s.groups, [&](int64_t g, int64_t threads) {
+            Patches<T, MEMORY> met{x.group(g), s.axis(0), s.axis(1)}, gradients{dz.group(g), {s.P, s.P, 1, {0}}, {s.Q, s.Q, 1, {0}}};
+            S* sums = data<S>(memory) + g * parts * size;
+            auto part = [&](int64_t i, int64_t threads) {
+                int64_t j = i * length;
+                auto from = [j](const auto& patches) {
+                    return [&patches, j](int64_t r0, int rows, int64_t k0, int kc) {
+                        return patches.template read_transposed<E>(r0, rows, j + k0, kc);
+                    };
+                };
+                auto A = from(gradients), B = from(met);
+                S* to = sums + i * size;
+                auto keep = [&](const auto& t) { store_tile(t, to, K); };
+                multiply<T>(s.O1, K, std::clamp<int64_t>(J - j, 0, length), A, B, to, keep, threads, DEEP);
+            };
+            if (parts == 1) part(0, threads);
+            else parallel(parts, [&](int64_t i, int64_t end) { for (; i < end; i++) part(i, 1); }, threads == 1);
+            int64_t inner = met.order();  // k = (c / inner, tap, c % inner)
+            add(g, sums, parts, size, K, K, inner == 1 ? 1 : inner, inner == 1 ? taps : 1, dweight);
+        });
+    }
+
+    // By grids: parts of the bands of all images, in order within a part. Few parts of many filters are shared out by filters.
+    void grids(T* dweight) const {
+        using Micro = Fma<S>;
+        bool few = 4 * s.C1 < 3 * round_up(s.C1, Micro::NR);
+        Axis ah = s.axis(0), aw = s.axis(1);
+        Span h{ah.step, ah.at.front(), ah.at.back()}, w{aw.step, aw.at.front(), aw.at.back()};
+        int64_t K = s.C1 * taps, width = round_up(few ? K : s.C1, Micro::NR), size = (few ? 1 : taps) * s.O1 * width;
+        int64_t row = few ? s.Q * width : h.step * w.step * w.length(s.Q) * width;
+        int64_t most = GRID_BYTES / std::max<int64_t>(row * int64_t(sizeof(S)), 1) - (few ? 0 : (h.high - h.low) / h.step);
+        int64_t rows = std::clamp<int64_t>(most, 1, std::max<int64_t>(s.P, 1)), bands = ceil_div(s.P, rows);
+        int64_t items = s.N * bands, parts = parts_of(items, size), panels = ceil_div(s.O1, Micro::MR);
+        int64_t shares = std::min(ceil_div(threads(), parts * s.groups), panels);
+        Grid<T, MEMORY, S> grid{x, h, w, h.length(rows), w.length(s.Q), {}};
+        std::vector<int64_t> offset;
+        for (int64_t c = 0; c < (few ? s.C1 : 1); c++)
+            for (int64_t at_h : ah.at)
+                for (int64_t at_w : aw.at) {
+                    grid.use(at_h, at_w);
+                    offset.push_back(few ? c * grid.plane() + grid.place(at_h, at_w) : grid.place(at_h, at_w) * width);
+                }
+        Tensor memory = empty(scalar_type<S>(), {s.groups, parts, size});
+        parallel(s.groups * parts * shares, [&](int64_t i, int64_t end) {
+            auto mine = grid;
+            for (; i < end; i++) {
+                int64_t g = i / (parts * shares), part = i / shares % parts, share = i % shares;
+                int64_t m0 = panels * share / shares * Micro::MR, m1 = std::min(s.O1, panels * (share + 1) / shares * Micro::MR);
+                S* sums = data<S>(memory) + (g * parts + part) * size;
+                mine.from = x.group(g);
+                for (int64_t first = items * part / parts, item = first; item < items * (part + 1) / parts; item++) {
+                    int64_t n = item / bands, i0 = item % bands * rows, height = std::min(s.P - i0, rows);
+                    std::vector<int64_t> place;
+                    for (int64_t j = 0; j < height * s.Q; j++) place.push_back((few ? j : j / s.Q * grid.columns + j % s.Q) * width);
+                    S* met = few ? scratch<S, GATHERED>(height * s.Q * width) : nullptr;
+                    if (few) mine.fill_planes(n, i0), mine.gather(offset, height, s.Q, width, met);
+                    else mine.fill_pixels(n, i0, width);
+                    slide_back<Micro>(few ? met : mine.p, few ? std::vector<int64_t>{0} : offset, place, width, dz.group(g), m0, m1, n, i0,
+                                      sums, item > first);
+                }
+            }
+        }, double(s.N) * s.P * s.Q * size < SERIAL);
+        for (int64_t g = 0; g < s.groups; g++) {
+            S* sums = data<S>(memory) + g * parts * size;
+            if (few) add(g, sums, parts, size, width, width, 1, taps, dweight);
+            else add(g, sums, parts, size, width, width, s.O1 * width, 1, dweight);
+        }
+    }
+
+    // dweight of a group: filter o is the sum over the parts; tap t and channel c of it stand at sums[o * so + t * st + c * sc].
+    void add(int64_t g, S* sums, int64_t parts, int64_t size, int64_t run, int64_t so, int64_t st, int64_t sc, T* dweight) const {
+        int64_t runs = size / run;  // vectors run over what lies side by side
+        parallel(runs, [&](int64_t r, int64_t end) {
+            for (; r < end; r++)
+                for (int64_t k = 0; k < run; k += VL<S>) {
+                    int lanes = int(std::min<int64_t>(VL<S>, run - k));
+                    S* at = sums + r * run + k;
+                    auto total = load(at, lanes);
+                    for (int64_t i = 1; i < parts; i++) total += load(at + i * size, lanes);
+                    store(at, total, lanes);
+                }
+        }, parts == 1 || size <= SERIAL_NUMBERS);
+        parallel(s.O1, [&](int64_t o, int64_t end) {
+            for (; o < end; o++) {
+                T* to = dweight + (g * s.O1 + o) * s.C1 * taps;
+                for (int64_t c = 0; c < s.C1; c++)
+                    for (int64_t t = 0; t < taps; t++) put_one(to++, sums[o * so + t * st + c * sc]);
+            }
+        }, size <= SERIAL_NUMBERS);
+    }
+};
+
+template <class T, Memory MEMORY> void weight_gradient(const Geometry& s, const T* dz, const T* x, T* dweight) {
+    WeightGradient<T, MEMORY>{s, {x, s.N, s.C1, s.C, s.H, s.W}, {dz, s.N, s.O1, s.O, s.P, s.Q}}.run(dweight);
+}

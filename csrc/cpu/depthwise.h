@@ -1,0 +1,229 @@
+// Convolution of every channel with a filter of its own: no channels are summed, so there is no product, and memory decides.
+//
+//   images in rows      a channel's plane is copied once into scratch with its border of zeros, its columns sorted by their remainder
+//                       modulo the stride: every tap then meets vectors of places that lie side by side
+//   images in columns   a vector holds neighbouring channels of one place
+//
+// The gradient of the input is the same convolution of dz, with the filter turned round and the places of dz apart by the stride.
+#pragma once
+#include "conv2d.h"
+
+// Place i and tap t meet number (i * step + t * dilation - before) / apart of the input, where that is whole and inside.
+struct Stride {
+    int64_t size, places, taps, step, dilation, before, apart;
+    int64_t reach() const { return (places - 1) * step + (taps - 1) * dilation + 1; }
+    int64_t met(int64_t i, int64_t t) const {  // -1: none
+        int64_t at = i * step + t * dilation - before;
+        return at < 0 || at % apart || at / apart >= size ? -1 : at / apart;
+    }
+};
+
+template <class T, Memory MEMORY> struct Depthwise {
+    using C = compute_t<T>;
+    using V = vec<C>;
+    static constexpr int L = VL<C>, SIDE_BY_SIDE = 4;
+    int64_t N, channels;
+    Stride h, w;
+
+    // put(v, at, lanes): sums of the numbers from `at` on of the result. filter[tap][channel] or, in rows, filter[channel][tap].
+    template <class Put> void convolve(const T* x, const C* filter, const Put& put) const {
+        if constexpr (MEMORY == Memory::ROWS)
+            parallel(N * channels, [&](int64_t i, int64_t end) {
+                for (Plane plane(h, w); i < end; i++) {
+                    plane.fill(x + i * h.size * w.size);
+                    convolve_plane(plane, filter + i % channels * h.taps * w.taps, i * h.places * w.places, put);
+                }
+            }, serial());
+        else
+            parallel(N * h.places, [&](int64_t i, int64_t end) { for (; i < end; i++) convolve_row(x, filter, i, put); }, serial());
+    }
+
+    // dfilter, laid out like the filter: sums over all places of dz, the gradient of the result, times what each tap meets there.
+    void filter_gradient(const T* x, const T* dz, C* dfilter) const {
+        if constexpr (MEMORY == Memory::ROWS)
+            parallel(channels, [&](int64_t c, int64_t end) {
+                for (Plane plane(h, w); c < end; c++)
+                    for (int64_t n = 0; n < N; n++) {
+                        plane.fill(x + (n * channels + c) * h.size * w.size);
+                        add_plane(plane, dz + (n * channels + c) * h.places * w.places, n > 0, dfilter + c * h.taps * w.taps);
+                    }
+            }, serial());
+        else
+            parallel(ceil_div(channels, L), [&](int64_t b, int64_t end) {
+                for (; b < end; b++) add_columns(x, dz, b * L, int(std::min<int64_t>(L, channels - b * L)), dfilter);
+            }, serial());
+    }
+
+  private:
+    bool serial() const { return N * channels * h.places * w.places <= SERIAL_NUMBERS; }
+
+    struct Plane {  // one channel with its border: [reach][remainder modulo the stride][width]
+        Stride h, w;
+        int64_t width, row;
+        C* p;
+        Plane(const Stride& h, const Stride& w)
+            : h(h), w(w), width(round_up(ceil_div(w.reach(), w.step), L) + SIDE_BY_SIDE * L), row(width * w.step),
+              p(scratch<C, 5>(h.reach() * row)) {
+            std::fill_n(p, h.reach() * row, C(0));  // the border stays
+        }
+        void fill(const T* from) {
+            for (int64_t i = 0; i < h.size; i++, from += w.size) {
+                int64_t r = i * h.apart + h.before;
+                C* to = p + r * row;
+                if (r < 0 || r >= h.reach()) continue;
+                if (w.apart == 1)
+                    for (int64_t rest = 0; rest < w.step; rest++) {  // numbers l, l + step, ... go side by side
+                        int64_t l = std::max<int64_t>(0, -w.before) , c = l + w.before;
+                        l += (rest - c % w.step + w.step) % w.step, c = l + w.before;
+                        int64_t stop = std::min(w.size, w.reach() - w.before);
+                        if (l < stop) copy_every(w.step, to + rest * width + c / w.step, from + l, ceil_div(stop - l, w.step));
+                    }
+                else
+                    for (int64_t l = 0, c = w.before; l < w.size; l++, c += w.apart)  // of a gradient: the step is 1
+                        if (c >= 0 && c < w.reach()) to[c] = load(from + l, 1)[0];
+            }
+        }
+        const C* at(int64_t i, int64_t r, int64_t s) const {  // what tap (r, s) meets at places (i, 0), (i, 1), ...
+            int64_t c = s * w.dilation;
+            return p + (i * h.step + r * h.dilation) * row + c % w.step * width + c / w.step;
+        }
+    };
+
+    template <class Put> void convolve_plane(const Plane& plane, const C* filter, int64_t at, const Put& put) const {
+        for (int64_t i = 0; i < h.places; i++, at += w.places)
+            for (int64_t l = 0; l < w.places; l += SIDE_BY_SIDE * L) {
+                V acc[SIDE_BY_SIDE] = {};
+                for (int64_t r = 0, tap = 0; r < h.taps; r++)
+                    for (int64_t s = 0; s < w.taps; s++, tap++) {
+                        const C* from = plane.at(i, r, s) + l;
+#pragma GCC unroll 4
+                        for (int v = 0; v < SIDE_BY_SIDE; v++) acc[v] += set(filter[tap]) * load(from + v * L);
+                    }
+#pragma GCC unroll 4
+                for (int v = 0; v < SIDE_BY_SIDE; v++)
+                    if (int64_t left = w.places - l - v * L; left > 0) put(acc[v], at + l + v * L, int(std::min<int64_t>(L, left)));
+            }
+    }
+
+    // Row `row` of all places of all images. Inside an image all taps of neighbouring places are met.
+    template <class Put> void convolve_row(const T* x, const C* filter, int64_t row, const Put& put) const {
+        int64_t n = row / h.places, i = row % h.places;
+        for (int64_t c = 0; c < channels; c += L)
+            for (int64_t l = 0; l < w.places; l += SIDE_BY_SIDE) {
+                V acc[SIDE_BY_SIDE] = {};
+                int lanes = int(std::min<int64_t>(L, channels - c)), count = int(std::min<int64_t>(SIDE_BY_SIDE, w.places - l));
+                int64_t first = l * w.step - w.before, last = first + (SIDE_BY_SIDE - 1) * w.step + (w.taps - 1) * w.dilation;
+                bool inside = w.apart == 1 && first >= 0 && last < w.size;
+                for (int64_t r = 0; r < h.taps; r++) {
+                    int64_t y = h.met(i, r);
+                    if (y < 0) continue;
+                    const T* from = x + (n * h.size + y) * w.size * channels + c;
+                    for (int64_t s = 0; s < w.taps; s++) {
+                        V weight = load(filter + (r * w.taps + s) * channels + c, lanes);
+                        if (inside) {
+                            const T* at = from + (first + s * w.dilation) * channels;
+#pragma GCC unroll 4
+                            for (int v = 0; v < SIDE_BY_SIDE; v++) acc[v] += weight * load(at + v * w.step * channels, lanes);
+                        } else {
+#pragma GCC unroll 4
+                            for (int v = 0; v < SIDE_BY_SIDE; v++)
+                                if (int64_t at = w.met(l + v, s); at >= 0) acc[v] += weight * load(from + at * channels, lanes);
+                        }
+                    }
+                }
+#pragma GCC unroll 4
+                for (int v = 0; v < SIDE_BY_SIDE; v++)
+                    if (v < count) put(acc[v], (row * w.places + l + v) * channels + c, lanes);
+            }
+    }
+
+    void add_plane(const Plane& plane, const T* dz, bool add, C* sums) const {
+        constexpr int AT_ONCE = 9;
+        for (int64_t tap = 0, taps = h.taps * w.taps; tap < taps; tap += AT_ONCE) {
+            V acc[AT_ONCE] = {};
+            const C* met[AT_ONCE];  // those past the end repeat the last one
+            for (int t = 0; t < AT_ONCE; t++) {
+                int64_t one = std::min(tap + t, taps - 1);
+                met[t] = plane.at(0, one / w.taps, one % w.taps);
+            }
+            for (int64_t i = 0; i < h.places; i++)
+                for (int64_t l = 0; l < w.places; l += L) {
+                    int lanes = int(std::min<int64_t>(L, w.places - l));
+                    V d = load(dz + i * w.places + l, lanes);
+#pragma GCC unroll 9
+                    for (int t = 0; t < AT_ONCE; t++) acc[t] += d * load(met[t] + i * h.step * plane.row + l, lanes);
+                }
+            for (int t = 0; t < std::min<int64_t>(AT_ONCE, taps - tap); t++) sums[tap + t] = (add ? sums[tap + t] : 0) + sum(acc[t]);
+        }
+    }
+
+    void add_columns(const T* x, const T* dz, int64_t c, int lanes, C* dfilter) const {
+        int64_t taps = h.taps * w.taps;
+        std::vector<V> acc(taps);
+        for (int64_t row = 0; row < N * h.places; row++)
+            for (int64_t tap = 0; tap < taps; tap++) {
+                int64_t y = h.met(row % h.places, tap / w.taps), start = tap % w.taps * w.dilation - w.before;
+                int64_t l = start < 0 ? ceil_div(-start, w.step) : 0;  // the tap meets start + l * step, inside the image from here
+                int64_t end = start < w.size ? std::min(w.places, ceil_div(w.size - start, w.step)) : 0;
+                if (y < 0) continue;
+                const T* slope = dz + row * w.places * channels + c;
+                const T* from = x + ((row / h.places * h.size + y) * w.size + start) * channels + c;
+                V total[4] = {};
+                auto add = [&](int i, int64_t l) {
+                    total[i] += load(slope + l * channels, lanes) * load(from + l * w.step * channels, lanes);
+                };
+                for (; l + 4 <= end; l += 4) add(0, l), add(1, l + 1), add(2, l + 2), add(3, l + 3);
+                for (; l < end; l++) add(0, l);
+                acc[tap] += (total[0] + total[1]) + (total[2] + total[3]);
+            }
+        for (int64_t tap = 0; tap < taps; tap++) store(dfilter + tap * channels + c, acc[tap], lanes);
+    }
+};
+
+// The filter as Depthwise reads it, `order` giving the place of tap t among the taps.
+template <class S, Memory MEMORY, class T> std::vector<S> own_filters(const Geometry& s, const T* weight, bool turned) {
+    int64_t taps = s.R * s.S;
+    std::vector<S> out(s.C * taps);
+    for (int64_t c = 0; c < s.C; c++)
+        for (int64_t t = 0; t < taps; t++)
+            out[MEMORY == Memory::ROWS ? c * taps + t : t * s.C + c] = load(weight + c * taps + (turned ? taps - 1 - t : t), 1)[0];
+    return out;
+}
+
+template <class T, Memory MEMORY> struct OwnFilters {
+    using S = compute_t<T>;
+    const Geometry& s;
+    Depthwise<T, MEMORY> to_results() const {
+        auto along = [&](int d, int64_t size, int64_t places, int64_t taps) {
+            return Stride{size, places, taps, s.stride[d], s.dilation[d], s.before[d], 1};
+        };
+        return {s.N, s.C, along(0, s.H, s.P, s.R), along(1, s.W, s.Q, s.S)};
+    }
+    Depthwise<T, MEMORY> to_inputs() const {
+        auto back = [&](int d, int64_t size, int64_t places, int64_t taps) {
+            return Stride{size, places, taps, 1, s.dilation[d], (taps - 1) * s.dilation[d] - s.before[d], s.stride[d]};
+        };
+        return {s.N, s.C, back(0, s.P, s.H, s.R), back(1, s.Q, s.W, s.S)};
+    }
+    void forward(const T* x, const T* weight, const T* bias, Activation act, T* y, T* z) const {
+        std::vector<S> filters = own_filters<S, MEMORY>(s, weight, false);
+        act.with<S>([&](auto value, auto) {
+            to_results().convolve(x, filters.data(), [=, this](vec<S> v, int64_t at, int lanes) {
+                if (bias) v += MEMORY == Memory::ROWS ? set(S(load(bias + at / (s.P * s.Q) % s.O, 1)[0])) : load(bias + at % s.O, lanes);
+                if (z) store(z + at, v, lanes);
+                store(y + at, value(v), lanes);
+            });
+        });
+    }
+    void input_gradient(const T* dz, const T* weight, T* dx) const {
+        std::vector<S> filters = own_filters<S, MEMORY>(s, weight, true);
+        to_inputs().convolve(dz, filters.data(), [=](vec<S> v, int64_t at, int lanes) { store(dx + at, v, lanes); });
+    }
+    void weight_gradient(const T* dz, const T* x, T* dweight) const {
+        int64_t taps = s.R * s.S;
+        std::vector<S> sums(s.C * taps);
+        to_results().filter_gradient(x, dz, sums.data());
+        for (int64_t i = 0; i < s.C * taps; i++)
+            put_one(dweight + i, sums[MEMORY == Memory::ROWS ? i : i % taps * s.C + i / taps]);
+    }
+};

@@ -1,0 +1,239 @@
+// What a convolution's kernels share: the sizes of a call, images in memory, the taps that meet their pixels, and where results go.
+//
+//   place      a position of the filter: row i and column l of the result (or, for dx, one of its remainders modulo the stride)
+//   Bank       filters that are slid over the same images: taps, what they meet, and the Result that their sums make
+#pragma once
+#include <vector>
+
+#include "activation.h"
+#include "channels.h"
+#include "product.h"
+
+template <class T> T* data(const Tensor& t) { return t.defined() ? static_cast<T*>(t.data_ptr()) : nullptr; }
+template <class T> constexpr ScalarType scalar_type() {
+    return std::is_same_v<T, double> ? ScalarType::Double : std::is_same_v<T, float> ? ScalarType::Float
+         : std::is_same_v<T, bf16> ? ScalarType::BFloat16 : ScalarType::Half;
+}
+template <class T, class S> void put_one(T* to, S value) {
+    if constexpr (sizeof(T) == 2) store(to, set(value), 1);
+    else *to = value;
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }  // of no negative numbers
+
+struct Axis {  // one dimension of the image
+    int64_t size, places, step;
+    std::vector<int64_t> at;           // where each tap lies when the filter is at place 0
+    std::vector<int64_t> first, last;  // tap t meets a pixel at places [first[t], last[t])
+
+    Axis(int64_t size, int64_t places, int64_t step, std::vector<int64_t> taps)
+        : size(size), places(places), step(step), at(std::move(taps)), first(at.size()), last(at.size()) {
+        auto reach = [&](int64_t pixel, int64_t least) {  // the first place from which a tap meets `pixel` or a later one
+            return std::clamp(pixel <= 0 ? 0 : (pixel + step - 1) / step, least, places);
+        };
+        for (size_t t = 0; t < at.size(); t++) first[t] = reach(-at[t], 0), last[t] = reach(size - at[t], first[t]);
+    }
+    int64_t taps() const { return int64_t(at.size()); }
+};
+
+struct Geometry {  // of a call: what stride, padding (top, bottom, left, right) and dilation make of the sizes
+    int64_t N, C, H, W, O, R, S, groups, P, Q, C1, O1;  // C1 and O1: channels of a group
+    int64_t stride[2], before[2], dilation[2];
+    std::vector<int64_t> taps(int d) const {
+        std::vector<int64_t> at(d ? S : R);
+        for (size_t t = 0; t < at.size(); t++) at[t] = int64_t(t) * dilation[d] - before[d];
+        return at;
+    }
+    Axis axis(int d) const { return {d ? W : H, d ? Q : P, stride[d], taps(d)}; }
+    bool own_filters() const { return C1 == 1 && O1 == 1 && groups > 1; }
+};
+
+// n numbers, from T as it is stored to E as it is multiplied: whole vectors are written, those read stop at n.
+template <class E, class T> INLINE inline void copy(E* to, const T* from, int64_t n) {
+    if constexpr (std::is_same_v<E, T> && sizeof(T) == 2) {
+        for (int64_t i = 0; i < n; i += VL<float>)
+            store_raw(to + i, n - i >= VL<float> ? load_raw<halves>(from + i) : load_raw<halves>(from + i, int(n - i)));
+    } else {
+        constexpr int L = VL<compute_t<T>>;
+        for (int64_t i = 0; i < n; i += L) store(to + i, load(from + i, int(std::min<int64_t>(L, n - i))));
+    }
+}
+template <class E> INLINE inline void clear(E* to, int64_t n) {
+    constexpr int L = VL<compute_t<E>>;
+    for (int64_t i = 0; i < n; i += L) store(to + i, vec<compute_t<E>>{});
+}
+// Every second number: two vectors and one shuffle.
+template <class V, int... L> INLINE inline V evens(V a, V b, std::integer_sequence<int, L...>) {
+    return __builtin_shufflevector(a, b, (2 * L)...);
+}
+template <class E, class T> INLINE inline void copy_every(int64_t step, E* to, const T* from, int64_t n) {
+    using C = compute_t<T>;
+    constexpr int L = VL<C>;
+    if (step == 1) return copy(to, from, n);
+    if (step != 2) {
+        for (int64_t i = 0; i < n; i++) store(to + i, load(from + i * step, 1), 1);
+        return;
+    }
+    for (int64_t i = 0; i < n; i += L) {
+        int64_t left = 2 * (n - i) - 1;
+        vec<C> a = load(from + 2 * i, int(std::min<int64_t>(L, left))), b{};
+        if (left > L) b = load(from + 2 * i + L, int(std::min<int64_t>(L, left - L)));
+        store(to + i, evens(a, b, std::make_integer_sequence<int, L>{}));
+    }
+}
+// The lower or upper half of v in the even lanes, `old` in the odd ones.
+template <class V, int... L> INLINE inline V spread(V old, V v, bool upper, std::integer_sequence<int, L...>) {
+    constexpr int n = int(sizeof...(L));
+    if (upper) return __builtin_shufflevector(old, v, (L % 2 ? L : n + n / 2 + L / 2)...);
+    return __builtin_shufflevector(old, v, (L % 2 ? L : n + L / 2)...);
+}
+// Every second number of memory becomes one of the first n lanes of v; those between stay.
+template <class T> INLINE inline void store_evens(T* p, vec<compute_t<T>> v, int n) {
+    constexpr int L = VL<compute_t<T>>;
+    int count = 2 * n - 1;
+    auto lanes = std::make_integer_sequence<int, L>{};
+    store(p, spread(load(p, count), v, false, lanes), count);
+    if (count > L) store(p + L, spread(load(p + L, count - L), v, true, lanes), count - L);
+}
+
+template <class T, Memory MEMORY> struct Images {  // the channels of one group
+    const T* p;
+    int64_t images, channels, all_channels, H, W;
+    static constexpr bool COLUMNS = MEMORY == Memory::COLUMNS;
+    int64_t pixel() const { return COLUMNS ? all_channels : 1; }  // from a pixel to the next one
+    int64_t channel() const { return COLUMNS ? 1 : H * W; }
+    int64_t image() const { return all_channels * H * W; }
+    Images group(int64_t g) const {
+        Images one = *this;
+        one.p += g * channels * channel();
+        return one;
+    }
+};
+
+struct Place { int64_t n, i, l; };  // image, row, column
+
+// Where sums go: place (n, i, l) of channel m is pixel (i * step_h + first_h, l * step_w + first_w) of image n. The places of a tile follow
+// one another along rows of `pitch` numbers, of which the first L are places.
+template <class T, Memory MEMORY> struct Result {
+    T *y, *z;  // z, the value before the activation, may be null
+    const T* bias;
+    Activation act;
+    int64_t all_channels, H, W, I, L, pitch, step_h = 1, step_w = 1, first_h = 0, first_w = 0;
+
+    Result of_group(int64_t g, int64_t M) const {
+        Result one = *this;
+        int64_t offset = g * M * (MEMORY == Memory::COLUMNS ? 1 : H * W);
+        one.y += offset, one.z = z ? z + offset : nullptr, one.bias = bias ? bias + g * M : nullptr;
+        return one;
+    }
+    Place place(int64_t j) const { return {j / (I * pitch), j / pitch % I, j % pitch}; }
+
+    // A tile of channels x places, the first of them at `at`.
+    template <class S> void write(const Tile<S>& t, Place at) const {
+        each_run(at, t.columns, [&](int j, int run, int64_t n, int64_t pixel, const auto& put) {
+            if constexpr (MEMORY == Memory::COLUMNS) write_columns(t, j, run, (n * H * W + pixel) * all_channels + t.m, put);
+            else write_rows(t, j, run, (n * all_channels + t.m) * H * W + pixel, put);
+        }, S{});
+    }
+    // A tile of places x channels, where channels lie side by side.
+    template <class S> void write_places(const Tile<S>& t, Place at) const {
+        each_run(at, t.rows, [&](int i, int run, int64_t n, int64_t pixel, const auto& put) {
+            int64_t to = (n * H * W + pixel) * all_channels + t.n;
+            for (; run > 0; run--, i++, to += step_w * all_channels)
+                for (int c = 0; c < t.columns; c += VL<S>) {
+                    int lanes = t.columns - c;
+                    vec<S> v = load(t.p + i * t.ld + c, lanes);
+                    put(bias ? v + load(bias + t.n + c, lanes) : v, to + c, lanes);
+                }
+        }, S{});
+    }
+
+  private:
+    // f(number of the first, run, image, pixel, put) for runs of places whose pixels are step_w apart: rows or, where nothing lies between
+    // them, whole images; put(v, at, lanes) finishes sums and stores them.
+    template <class F, class S> void each_run(Place p, int count, const F& f, S) const {
+        bool whole = pitch == L && step_h * step_w == 1;
+        act.with<S>([&](auto value, auto) {
+            auto put = [&](vec<S> v, int64_t at, int lanes) {
+                if (z) store(z + at, v, lanes);
+                store(y + at, value(v), lanes);
+            };
+            for (int j = 0; j < count;) {
+                int64_t left = whole ? (I - p.i) * L - p.l : L - p.l, step = whole ? left : pitch - p.l;
+                int run = int(std::min<int64_t>(count - j, left));
+                if (run > 0) f(j, run, p.n, (p.i * step_h + first_h) * W + p.l * step_w + first_w, put);
+                j += int(std::min<int64_t>(count - j, step));
+                p.l = 0;
+                if (whole || ++p.i == I) p.i = 0, p.n++;
+            }
+        });
+    }
+    template <class S, class Put> void write_rows(const Tile<S>& t, int j, int run, int64_t to, const Put& put) const {
+        for (int i = 0; i < t.rows; i++, to += H * W) {
+            const S* sums = t.p + i * t.ld + j;
+            vec<S> b = bias ? set(S(load(bias + t.m + i, 1)[0])) : vec<S>{};
+            if (step_w == 1)
+                for (int r = 0; r < run; r += VL<S>) put(load(sums + r, run - r) + b, to + r, run - r);
+            else if (step_w == 2)  // a gradient: neither bias nor activation
+                for (int r = 0; r < run; r += VL<S>) store_evens(y + to + 2 * r, load(sums + r, run - r), std::min(VL<S>, run - r));
+            else
+                for (int r = 0; r < run; r++) put(load(sums + r, 1), to + r * step_w, 1);
+        }
+    }
+    template <class S, class Put> void write_columns(const Tile<S>& t, int j, int run, int64_t to, const Put& put) const {
+        constexpr int V = VL<S>;
+        for (int i = 0; i < t.rows; i += V) {
+            int rows = std::min(V, t.rows - i);
+            vec<S> b = bias ? load(bias + t.m + i, rows) : vec<S>{};
+            for (int r = 0; r < run; r += V) {
+                int places = std::min(V, run - r);
+                vec<S> square[V];
+#pragma GCC unroll 16
+                for (int s = 0; s < V; s++) square[s] = s < rows ? load(t.p + (i + s) * t.ld + j + r, places) : vec<S>{};
+                transpose(square);
+                for (int s = 0; s < places; s++) put(square[s] + b, to + (r + s) * step_w * all_channels + i, rows);
+            }
+        }
+    }
+};
+
+// Tap (t, u) of a bank is number t * w.taps() + u of `taps`, which says where in a stored filter it lies.
+template <class T, Memory MEMORY> struct Bank {
+    Axis h, w;
+    std::vector<int64_t> taps;
+    Result<T, MEMORY> result;
+    Bank(Axis h, Axis w, const std::vector<int64_t>& r, const std::vector<int64_t>& s, int64_t S, Result<T, MEMORY> result)
+        : h(std::move(h)), w(std::move(w)), result(result) {
+        for (int64_t a : r)
+            for (int64_t b : s) taps.push_back(a * S + b);
+    }
+};
+
+// Filters in memory: channel c of filter m of group g begins at p[g * sg + m * sm + c * sc].
+template <class T> struct Filters {
+    const T* p;
+    int64_t M, sg, sm, sc;
+    // As the rows of A: out[m][k] with the k in the order (c / inner, tap, c % inner); channels that fill up the last `inner` are 0.
+    void arrange(int64_t g, int64_t C, const std::vector<int64_t>& taps, int64_t inner, T* out) const {
+        int64_t K = round_up(C, inner) * int64_t(taps.size());
+        parallel(M, [&](int64_t m, int64_t end) {
+            for (; m < end; m++) {
+                T* to = out + m * K;
+                const T* from = p + g * sg + m * sm;
+                for (int64_t c = 0; c < C; c += inner)
+                    for (int64_t tap : taps)
+                        for (int64_t i = 0; i < inner; i++) *to++ = c + i < C ? from[(c + i) * sc + tap] : T{};
+            }
+        }, M * K <= SERIAL_NUMBERS);
+    }
+};
+
+// body(g, threads) for every group: the groups shared out to the threads, or all threads on each group in turn.
+template <class Body> void each_group(int64_t groups, const Body& body) {
+    int64_t all = threads();
+    if (groups < 2 * all) {
+        for (int64_t g = 0; g < groups; g++) body(g, all);
+    } else {
+        parallel(groups, [&](int64_t g, int64_t end) { for (; g < end; g++) body(g, 1); });
+    }
+}

@@ -1,0 +1,114 @@
+"""The registered ops behind conv2d.py: schemas, what they return while a graph is traced, and what the options of a call mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+
+from ..backend import define
+from ..contract import Optionals
+
+__all__: list[str] = []
+
+Numbers = int | Sequence[int]
+LARGEST = 1 << 31  # of a stride, padding or dilation
+
+
+class Geometry(NamedTuple):
+    """How the filter moves: what the raw ops take. ``padding`` is top, bottom, left, right."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int, int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+    def size(self, x: torch.Size, weight: torch.Size) -> tuple[int, int]:
+        """(P, Q), not positive where the filter does not fit."""
+        (sh, sw), (top, bottom, left, right), (dh, dw) = self.stride, self.padding, self.dilation
+        height, width = x[-2] + top + bottom, x[-1] + left + right
+        return (height - dh * (weight[2] - 1) - 1) // sh + 1, (width - dw * (weight[3] - 1) - 1) // sw + 1
+
+
+def _pair(name: str, value: Any, least: int) -> tuple[int, int]:
+    """``value`` for height and width. Raises ValueError."""
+    numbers = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
+    numbers = numbers * 2 if len(numbers) == 1 else numbers
+    if len(numbers) != 2 or not all(isinstance(n, int) for n in numbers):
+        raise ValueError(f"{name} is {value!r}, needs an int or two")
+    if not all(least <= n <= LARGEST for n in numbers):
+        raise ValueError(f"{name} is {value!r}, needs {least} to 2^31")
+    return numbers
+
+
+def geometry_of(weight: torch.Size, stride: Any, padding: Any, dilation: Any, groups: Any) -> Geometry:
+    """What the arguments mean for a filter of this shape. Raises ValueError."""
+    stride, dilation = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
+    if padding == "same":
+        if stride != (1, 1):
+            raise ValueError(f"padding is 'same', needs stride 1, got {stride}")
+        all_h, all_w = (d * (size - 1) for d, size in zip(dilation, weight[2:]))
+        sides = all_h // 2, all_h - all_h // 2, all_w // 2, all_w - all_w // 2
+    elif isinstance(padding, str):
+        if padding != "valid":
+            raise ValueError(f"padding is {padding!r}, needs 'same', 'valid', or numbers")
+        sides = 0, 0, 0, 0
+    else:
+        above, before = _pair("padding", padding, 0)
+        sides = above, above, before, before
+    if not isinstance(groups, int) or not 1 <= groups <= LARGEST:
+        raise ValueError(f"groups is {groups!r}, needs a positive int")
+    return Geometry(stride, sides, dilation, groups)
+
+
+def _empty(x: Tensor, shape: Sequence[int]) -> Tensor:
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=suggest_memory_format(x))
+
+
+def _checked_size(x: Tensor, weight: Tensor, geometry: Geometry, **others: tuple[Tensor | None, tuple[int, ...]]) -> tuple[int, ...]:
+    """The shape of y, while a graph is traced, with what the kernels check."""
+    torch._check(x.dim() == 4 and weight.dim() == 4, lambda: f"x and weight must have 4 dimensions, got {x.dim()} and {weight.dim()}")
+    groups = geometry.groups
+    fits = x.shape[1] == weight.shape[1] * groups and weight.shape[0] % groups == 0
+    torch._check(fits, lambda: f"weight has shape {tuple(weight.shape)}, needs (O, {x.shape[1]} / groups, R, S), groups {groups}")
+    P, Q = geometry.size(x.shape, weight.shape)
+    torch._check(P > 0 and Q > 0, lambda: f"the filter {tuple(weight.shape[2:])} does not fit into the padded image {tuple(x.shape[2:])}")
+    shape = (x.shape[0], weight.shape[0], P, Q)
+    for name, (t, needed) in {"weight": (weight, tuple(weight.shape)), **others}.items():
+        if t is not None:
+            needed = needed or shape
+            torch._check(t.dtype == x.dtype, lambda name=name, t=t: f"{name} has dtype {t.dtype}, needs {x.dtype} like x")
+            torch._check(t.shape == needed, lambda name=name, t=t, n=needed: f"{name} has shape {tuple(t.shape)}, needs {n}")
+    return shape
+
+
+def _forward_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int, activation: int, slope: float,
+    save: bool,
+) -> Optionals:  # fmt: skip
+    shape = _checked_size(x, weight, Geometry(stride, padding, dilation, groups), bias=(bias, (weight.shape[0],)))
+    return _empty(x, shape), _empty(x, shape) if save else None
+
+
+def _backward_fake(
+    dy: Tensor, x: Tensor, weight: Tensor, saved: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int, activation: int,
+    slope: float, need_dx: bool, need_dweight: bool, need_dbias: bool,
+) -> Optionals:  # fmt: skip
+    _checked_size(x, weight, Geometry(stride, padding, dilation, groups), dy=(dy, ()), saved=(saved, ()))
+    return (
+        _empty(x, x.shape) if need_dx else None,
+        x.new_empty(weight.shape) if need_dweight else None,
+        x.new_empty(weight.shape[0]) if need_dbias else None,
+    )
+
+
+_options = "int[] stride, int[] padding, int[] dilation, int groups, int activation, float slope"
+forward = define(f"conv2d_forward(Tensor x, Tensor weight, Tensor? bias, {_options}, bool save) -> (Tensor y, Tensor z)", _forward_fake)
+backward = define(
+    f"conv2d_backward(Tensor dy, Tensor x, Tensor weight, Tensor? saved, {_options}, "
+    "bool need_dx, bool need_dweight, bool need_dbias) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    _backward_fake,
+)
