@@ -83,7 +83,7 @@ def test_rows_are_added_in_the_order_of_the_indices(D: int) -> None:
     for dtype in DTYPES if not SMALL else DTYPES[:1]:
         dy = table(L, D, dtype) * 10 ** (torch.arange(L) % 5)[:, None].to(dtype)
         exact = torch.zeros(V, D, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-        for l in range(L):  # noqa: E741
+        for l in range(L):
             exact[indices[l]] += dy[l]
         for count in (1, 2):
             with threads(count):

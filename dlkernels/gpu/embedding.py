@@ -21,7 +21,7 @@ INDICES = (torch.int64, torch.int32)
 @triton.jit
 def embedding_forward(weight, indices, y, outside, L, V, D, pitch, stride, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """y[l] = weight[indices[l]]; outside[i]: how many indices of the i-th program are not in [0, V); those read nothing."""
-    l = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # noqa: E741
+    l = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     v = tl.load(indices + l, l < L, 0).to(tl.int64)
     inside = (v >= 0) & (v < V)
     tl.store(outside + tl.program_id(0), tl.sum(((l < L) & ~inside).to(tl.int32), 0))
