@@ -102,6 +102,11 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
 
 
+def in_autocast(dtype: torch.dtype, *tensors: Tensor | None) -> Optionals:
+    """What autocast to ``dtype`` does to the arguments of a product: all are converted but float64."""
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
 def in_float32(*tensors: Tensor | None) -> Optionals:
     """What autocast does to the arguments of an op on its float32 list: half types are widened, float64 stays."""
     return tuple(t.float() if t is not None and t.is_floating_point() and t.dtype.itemsize < 4 else t for t in tensors)

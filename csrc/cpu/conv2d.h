@@ -70,7 +70,8 @@ template <class T, Memory MEMORY> struct WeightGradient {
 
     void run(T* dweight) const {
         bool tiles = HAS_TILES && sizeof(T) < 8;
-        if (tiles || Patches<T, MEMORY>{x, s.axis(0), s.axis(1)}.is_matrix()) patches(dweight);
+        if (s.N * s.P * s.Q == 0) std::fill_n(dweight, s.O * s.C1 * taps, T{});
+        else if (tiles || Patches<T, MEMORY>{x, s.axis(0), s.axis(1)}.is_matrix()) patches(dweight);
         else grids(dweight);
     }
 

@@ -28,6 +28,7 @@ from torch._prims_common import suggest_memory_format
 from ..backend import apply_function
 from ..contract import (
     autocast_dtype,
+    in_autocast,
     is_spread,
     needs_grad,
     on_shards,
@@ -118,8 +119,8 @@ def conv2d_act(
         weight: ``(O, C / groups, R, S)``, same dtype and device.
         bias: ``(O,)`` or None.
         stride, dilation: a number, or one for height and one for width.
-        padding: likewise; or "valid", no padding; or "same", as much as gives a result of the input's size (stride 1; where that is odd, one
-            more below and to the right).
+        padding: likewise; or "valid", no padding; or "same", as much as gives a result of the input's size (stride 1; where that is odd,
+            one more below and to the right).
         activation: one of "none", "relu", "gelu" (erf), "gelu_tanh", "leaky_relu", "sigmoid", "tanh", "silu".
         negative_slope: slope of leaky_relu for z < 0.
 
@@ -147,7 +148,7 @@ def conv2d_act(
     geometry = geometry_of(weight.shape, stride, padding, dilation, groups)
     dtype = autocast_dtype(input)
     if dtype is not None:
-        input, weight, bias = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (input, weight, bias))
+        input, weight, bias = in_autocast(dtype, input, weight, bias)  # type: ignore[assignment]
     x = input if input.dim() == 4 else input.unsqueeze(0)
     if suggest_memory_format(weight) == torch.channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
@@ -227,11 +228,12 @@ SAMPLES: list[dict[str, Any]] = [
     {"N": 2, "C": 19, "H": 10, "O": 19, "R": 3, "W": 35, "groups": 19},
     {"N": 2, "C": 33, "H": 7, "O": 40, "R": 3, "W": 18, "channels_last": True},
     {"N": 2, "C": 18, "H": 9, "O": 18, "R": 3, "W": 7, "stride": 2, "groups": 18, "channels_last": True},
-    {"N": 1, "C": 40, "H": 5, "O": 15, "R": 1, "W": 37, "channels_last": True},
+    {"N": 2, "C": 40, "H": 5, "O": 15, "R": 1, "W": 37, "channels_last": True},
 ]
 _sizes = [
     (8, 3, 224, 32, 3, 1), (8, 32, 112, 64, 3, 1), (8, 64, 56, 128, 3, 1), (32, 64, 14, 64, 3, 1), (8, 256, 14, 256, 3, 1),
-    (8, 3, 224, 64, 7, 2), (8, 128, 56, 256, 1, 1), (8, 64, 56, 128, 3, 2), (8, 96, 56, 96, 3, 1), (64, 1, 28, 32, 3, 1), (4, 48, 33, 80, 5, 1),
+    (8, 3, 224, 64, 7, 2), (8, 128, 56, 256, 1, 1), (8, 64, 56, 128, 3, 2), (8, 96, 56, 96, 3, 1), (64, 1, 28, 32, 3, 1),
+    (4, 48, 33, 80, 5, 1),
 ]  # fmt: skip
 _more: dict[int, dict[str, Any]] = {8: {"groups": 96}, 10: {"dilation": 2, "groups": 4}}
 ROWS: list[dict[str, Any]] = [

@@ -27,6 +27,7 @@ from ..backend import apply_function, define
 from ..contract import (
     Optionals,
     autocast_dtype,
+    in_autocast,
     is_spread,
     needs_grad,
     on_shards,
@@ -154,10 +155,6 @@ def _refused(reason: str, x: Tensor, weight: Tensor, bias: Tensor | None, act: A
     return without_kernel(reason, _reference, x, weight, bias, act, slope, name="linear")
 
 
-def _autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
-    return t if t.dtype == torch.float64 else t.to(dtype)
-
-
 def linear_act(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "relu", negative_slope: float = 0.01
 ) -> Tensor:
@@ -184,8 +181,7 @@ def linear_act(
         return _refused(reason, input, weight, bias, act, negative_slope)
     dtype = autocast_dtype(input)
     if dtype is not None:
-        input, weight = _autocast(input, dtype), _autocast(weight, dtype)
-        bias = bias if bias is None else _autocast(bias, dtype)
+        input, weight, bias = in_autocast(dtype, input, weight, bias)  # type: ignore[assignment]
     x = input if input.dim() == 2 else input.reshape(input.shape[:-1].numel(), input.shape[-1])
     if needs_grad(x, weight, bias):
         y = apply_function(_Linear, x, weight, bias, act, negative_slope)
