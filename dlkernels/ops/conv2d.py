@@ -6,6 +6,7 @@ Backward    dz         = dy · act'(z)
             dW[o,c,r,s]   = Σ_{n,p,q} dz[n,o,p,q] x[n, c, p sh + r dh - top, q sw + s dw - left]
             db[o]         = Σ_{n,p,q} dz[n,o,p,q]
 
+The border is multiplied like any other zero: a NaN or an infinity of W makes NaN where it meets the border, in dx too.
 With groups, output channel o sees the C / groups input channels of its group. As linear does, relu, sigmoid and tanh keep y for the
 backward, the others z.
 
@@ -261,7 +262,7 @@ def _register(activation: str) -> None:
             reference=native,
             native=native,
             make=_make,
-            samples=SAMPLES if activation == "none" else [SAMPLES[i] for i in (1, 2, 4, 6)],
+            samples=SAMPLES if activation == "none" else [SAMPLES[i] for i in (1, 2, 4)],
             bench=BENCH if activation in ("none", "relu") else QUICK[:1],
             quick=QUICK if activation == "none" else QUICK[:1],
             tiny=TINY,
