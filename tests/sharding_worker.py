@@ -69,6 +69,8 @@ def raw_ops(mesh: DeviceMesh) -> None:
 
 def example_argument(mesh: DeviceMesh, argument: Any) -> Any:
     kind = str(argument.type)
+    if kind == "List[int]":
+        return [1]
     if kind.startswith("List"):
         return [distribute_tensor(randn(4, 4), mesh, [Shard(0)])]
     return {"Tensor": distribute_tensor(randn(4, 4), mesh, [Shard(0)]), "bool": True, "float": 0.5, "int": 0}.get(kind)
