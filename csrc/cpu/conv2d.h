@@ -11,11 +11,12 @@
 
 template <class T> using direct_micro = std::conditional_t<HAS_PAIR_DOT && std::is_same_v<T, bf16>, PairDot<bf16>, Fma<compute_t<T>>>;
 
+template <class T> constexpr bool ON_TILES = HAS_TILES && sizeof(T) < 8;  // of AMX
+
 template <class T, Memory MEMORY>
 void filter(int64_t groups, const Filters<T>& filters, const Images<T, MEMORY>& images, const std::vector<Bank<T, MEMORY>>& banks) {
-    bool tiles = HAS_TILES && sizeof(T) < 8;
     bool matrix = banks.size() == 1 && Patches<T, MEMORY>{images, banks[0].h, banks[0].w}.is_matrix();
-    if (!tiles && !matrix) return slide<direct_micro<T>>(groups, filters, images, banks);
+    if (!ON_TILES<T> && !matrix) return slide<direct_micro<T>>(groups, filters, images, banks);
     for (const auto& bank : banks) multiply_patches(groups, filters, images, bank);
 }
 
@@ -58,7 +59,6 @@ template <class T, Memory MEMORY> void input_gradient(const Geometry& s, const T
     if (!banks.empty()) filter<T, MEMORY>(s.groups, filters, {dz, s.N, s.O1, s.O, s.P, s.Q}, banks);
 }
 
-
 // Sums over all places, in parts whose number depends on the sizes alone: a thread computes whole parts, which are added in order.
 template <class T, Memory MEMORY> struct WeightGradient {
     using S = compute_t<T>;
@@ -69,9 +69,8 @@ template <class T, Memory MEMORY> struct WeightGradient {
     int64_t taps = s.R * s.S;
 
     void run(T* dweight) const {
-        bool tiles = HAS_TILES && sizeof(T) < 8;
         if (s.N * s.P * s.Q == 0) std::fill_n(dweight, s.O * s.C1 * taps, T{});
-        else if (tiles || Patches<T, MEMORY>{x, s.axis(0), s.axis(1)}.is_matrix()) patches(dweight);
+        else if (ON_TILES<T> || Patches<T, MEMORY>{x, s.axis(0), s.axis(1)}.is_matrix()) patches(dweight);
         else grids(dweight);
     }
 

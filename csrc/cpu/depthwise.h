@@ -180,7 +180,7 @@ template <class T, Memory MEMORY> struct Depthwise {
     }
 };
 
-// The filter as Depthwise reads it, `order` giving the place of tap t among the taps.
+// The filters as Depthwise reads them; `turned` round, the last tap first.
 template <class S, Memory MEMORY, class T> std::vector<S> own_filters(const Geometry& s, const T* weight, bool turned) {
     int64_t taps = s.R * s.S;
     std::vector<S> out(s.C * taps);

@@ -30,7 +30,7 @@ template <class T, Memory MEMORY, class Lane> struct Grid {
     std::set<std::pair<int64_t, int64_t>> used;  // remainders that a tap meets
     Lane* p = nullptr;
 
-    int64_t lanes() const { return (from.channels + PAIR - 1) / PAIR; }
+    int64_t lanes() const { return ceil_div(from.channels, PAIR); }
     int64_t area() const { return rows * columns; }
     int64_t plane() const { return h.step * w.step * area(); }
     int64_t place(int64_t at_h, int64_t at_w) const {  // of the first place's pixel

@@ -9,7 +9,6 @@
 #include "channels.h"
 #include "product.h"
 
-template <class T> T* data(const Tensor& t) { return t.defined() ? static_cast<T*>(t.data_ptr()) : nullptr; }
 template <class T> constexpr ScalarType scalar_type() {
     return std::is_same_v<T, double> ? ScalarType::Double : std::is_same_v<T, float> ? ScalarType::Float
          : std::is_same_v<T, bf16> ? ScalarType::BFloat16 : ScalarType::Half;
@@ -18,8 +17,6 @@ template <class T, class S> void put_one(T* to, S value) {
     if constexpr (sizeof(T) == 2) store(to, set(value), 1);
     else *to = value;
 }
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }  // of no negative numbers
 
 struct Axis {  // one dimension of the image
     int64_t size, places, step;

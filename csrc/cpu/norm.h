@@ -21,8 +21,6 @@
 constexpr int64_t BLOCK = 4096;           // numbers of a row that stay in the L1 cache between two looks
 constexpr int64_t BATCH_BYTES = 8 << 20;  // of long rows that stay in the L3 cache between two looks
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // body(u, n, lanes) for the vectors of columns [begin, end), U of them side by side; u, known to the compiler, numbers these.
 template <class C, int U, class Body> INLINE inline void each_vector(int64_t begin, int64_t end, const Body& body) {
     constexpr int L = VL<C>;

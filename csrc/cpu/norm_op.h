@@ -2,8 +2,6 @@
 #pragma once
 #include "norm.h"
 
-template <class T> T* data(const Tensor& t) { return static_cast<T*>(t.data_ptr()); }
-
 // f(T{}, W{}) for the types of x and of its parameters.
 template <class F> void with_types(const char* op, const Tensor& x, const std::optional<Tensor>& parameter, const F& f) {
     with_type(op, x.scalar_type(), [&](auto type) {

@@ -147,6 +147,10 @@ inline Tensor row_or_column_major(const Tensor& t) {
     return row_major || column_major ? t : contiguous_copy(t);
 }
 
+// Where the numbers of a tensor begin, or null where there is none.
+template <class T> T* data(const Tensor& t) { return t.defined() ? static_cast<T*>(t.data_ptr()) : nullptr; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }  // of no negative numbers
+
 // body(begin, end) over parts of [0, n) on torch's own threads, or on this one.
 template <class Body> void parallel(int64_t n, const Body& body, bool serial = false) {
     if (n <= 1 || serial) return body(0, n);

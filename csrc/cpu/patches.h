@@ -16,7 +16,6 @@ template <class T, Memory MEMORY> struct Patches {
 
     static constexpr bool COLUMNS = MEMORY == Memory::COLUMNS;
     int64_t places() const { return from.images * h.places * w.places; }
-    int64_t depth() const { return from.channels * h.taps() * w.taps(); }
     int64_t order() const { return COLUMNS ? from.channels : 1; }  // of the k: (c / order, tap, c % order)
     bool is_matrix() const {  // one tap, which meets pixel j at place j
         auto same = [](const Axis& a) { return a.taps() == 1 && a.at[0] == 0 && a.step == 1 && a.places == a.size; };
