@@ -112,6 +112,16 @@ def in_float32(*tensors: Tensor | None) -> Optionals:
     return tuple(t.float() if t is not None and t.is_floating_point() and t.dtype.itemsize < 4 else t for t in tensors)
 
 
+def check_traced(x: Tensor, **others: tuple[Tensor | None, Sequence[int]]) -> None:
+    """While a graph is traced, what the kernels check: each of ``others`` has the dtype and device of ``x`` and the shape given with it."""
+    for name, (t, shape) in others.items():
+        if t is not None:
+            torch._check(t.dtype == x.dtype, lambda name=name, t=t: f"{name} has dtype {t.dtype}, needs {x.dtype} like x")
+            torch._check(t.device == x.device, lambda name=name, t=t: f"{name} is on {t.device}, x on {x.device}")
+            shape = tuple(shape)
+            torch._check(t.shape == shape, lambda name=name, t=t, shape=shape: f"{name} has shape {tuple(t.shape)}, needs {shape}")
+
+
 def statistics_dtype(x: Tensor) -> torch.dtype:
     """What sums over numbers of ``x`` are kept in."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -37,7 +37,8 @@ from .activations import EPILOGUES, LEAKY_RELU, identity
 from .config import ceil_div, kind_of
 from .conv2d_tiles import FEW, count_of, few_channels, most_of, shared, stepped, tile_of
 from .launch import device_of, launch, precision
-from .matmul import combine, tile_ids, wrapped
+from .linear import add_up
+from .matmul import tile_ids, wrapped
 from .windows import Windows, advance, exists, layout, place, positions
 
 
@@ -165,15 +166,6 @@ def conv2d_backward_dweight(
     tl.store(dweight + (row[None, :] + ((c * R + r) * S + s)), tl.trans(acc).to(dweight.dtype.element_ty), there & (o_row < O)[None, :])
 
 
-def add_up(partial: Tensor, bias: Tensor | None, y: Tensor, z: Tensor | None, act: int = 0, slope: float = 0.0) -> None:
-    """y = act(Σ partial + bias), number by number as they lie in memory; channels side by side where there is a bias."""
-    size, BLOCK = y.numel(), 1024
-    launch(
-        combine, (ceil_div(size, BLOCK),), partial, bias, y, z, size, y.shape[1], len(partial), slope=slope, EPILOGUE=EPILOGUES[act],
-        BLOCK=BLOCK,
-    )  # fmt: skip
-
-
 def run_forward(k: Windows, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, z: Tensor | None, act: int, slope: float) -> None:
     """Fill y (and z); x dense, any weight."""
     x, weight, mode = side_by_side(x, k.inputs), filters(weight), precision(x.dtype)
@@ -189,7 +181,7 @@ def run_forward(k: Windows, x: Tensor, weight: Tensor, bias: Tensor | None, y: T
         GROUP=c.group, FLAT=flat, warps=c.warps, stages=c.stages,
     )  # fmt: skip
     if not whole:
-        add_up(out, bias, y, z, act, slope)
+        add_up(out, bias, y, z, k.O, slope, EPILOGUES[act])
 
 
 def phases(pixels: int, taps: int, stride: int, before: int, dilation: int) -> Iterator[tuple[int, int | None, int, int, int]]:
@@ -222,7 +214,7 @@ def run_dx(k: Windows, dz: Tensor, weight: Tensor, dx: Tensor) -> None:
                 PRECISION=mode, R=R, S=S, BM=c.rows, BC=c.cols, BO=c.depth, GROUP=c.group, FLAT=flat, warps=c.warps, stages=c.stages,
             )  # fmt: skip
             if shares > 1:
-                add_up(out, None, dx, None)
+                add_up(out, None, dx, None, k.C)
 
 
 def run_dweight(k: Windows, dz: Tensor, x: Tensor, dweight: Tensor) -> None:
@@ -239,7 +231,7 @@ def run_dweight(k: Windows, dz: Tensor, x: Tensor, dweight: Tensor) -> None:
         FLAT=flat, warps=c.warps, stages=c.stages,
     )  # fmt: skip
     if shares > 1:
-        add_up(out, None, dweight, None)
+        add_up(out, None, dweight, None, k.O)
 
 
 def run_backward(k: Windows, dz: Tensor, x: Tensor, weight: Tensor, dx: Tensor | None, dweight: Tensor | None) -> None:

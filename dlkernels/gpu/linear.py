@@ -165,7 +165,7 @@ def run_forward(
         BK=c.depth, GROUP=c.group, EVEN=K % c.depth == 0, warps=c.warps, stages=c.stages,
     )  # fmt: skip
     if not whole:
-        _combine(out, bias, y, z, N, slope, epilogue)
+        add_up(out, bias, y, z, N, slope, epilogue)
 
 
 def backward(
@@ -210,7 +210,7 @@ def run_dx(c: Config, dy: Tensor, saved: Tensor | None, weight: Tensor, dx: Tens
         BN=c.depth, BK=c.cols, GROUP=c.group, EVEN=N % c.depth == 0, warps=c.warps, stages=c.stages,
     )  # fmt: skip
     if c.split > 1:
-        _combine(out, None, dx, None, K)
+        add_up(out, None, dx, None, K)
 
 
 def run_dweight(
@@ -226,9 +226,9 @@ def run_dweight(
         BN=c.rows, BK=c.cols, GROUP=c.group, EVEN=M % c.depth == 0, warps=c.warps, stages=c.stages,
     )  # fmt: skip
     if c.split > 1:
-        _combine(out, None, dweight, None, K)
+        add_up(out, None, dweight, None, K)
         if dbias is not None and sums is not None:
-            _combine(sums, None, dbias, None, N)
+            add_up(sums, None, dbias, None, N)
 
 
 def run_activation(dy: Tensor, saved: Tensor | None, dz: Tensor | None, dbias: Tensor | None, activation: int, slope: float) -> None:
@@ -247,7 +247,7 @@ def run_activation(dy: Tensor, saved: Tensor | None, dz: Tensor | None, dbias: T
         slope=slope if activation == LEAKY_RELU else 0.0, DERIVATIVE=DERIVATIVES[activation], BM=BM, BN=BN,
     )  # fmt: skip
     if dbias is not None and sums is not None and shares > 1:
-        _combine(sums, None, dbias, None, N)
+        add_up(sums, None, dbias, None, N)
 
 
 def _check(x: Tensor, weight: Tensor, activation: int) -> tuple[int, int, int]:
@@ -274,7 +274,8 @@ def _shares(c: Config, result: Tensor, depth: int) -> tuple[Tensor, int]:
     return result.new_empty((c.split, *result.shape), dtype=statistics_dtype(result)), share
 
 
-def _combine(partial: Tensor, bias: Tensor | None, y: Tensor, z: Tensor | None, N: int, slope: float = 0.0, epilogue=identity) -> None:
+def add_up(partial: Tensor, bias: Tensor | None, y: Tensor, z: Tensor | None, N: int, slope: float = 0.0, epilogue=identity) -> None:
+    """y = epilogue(Σ partial + bias), number by number as they lie in memory; ``bias`` is that of every N numbers."""
     BLOCK, size = 1024, y.numel()
     launch(combine, (ceil_div(size, BLOCK),), partial, bias, y, z, size, N, len(partial), slope=slope, EPILOGUE=epilogue, BLOCK=BLOCK)
 

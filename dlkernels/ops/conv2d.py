@@ -42,9 +42,10 @@ from ..registry import Cost, Op, register
 from . import conv2d_raw as raw
 from .activations import Activation
 from .conv2d_raw import Geometry, Numbers, geometry_of
-from .linear import ACTIVATIONS
+from .linear import ACTIVATIONS, keep
 
 __all__ = ["conv1d", "conv2d", "conv2d_act", "conv2d_relu"]
+
 
 class _Conv2d(torch.autograd.Function):
     generate_vmap_rule = True
@@ -59,13 +60,8 @@ class _Conv2d(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        x, weight, bias, ctx.geometry, ctx.act, ctx.slope = inputs
-        saved = output if ctx.act.keeps == "y" else None
-        if ctx.act.keeps == "x":
-            saved = output[1]
-            ctx.mark_non_differentiable(saved)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, bias, saved)
+        *tensors, ctx.geometry, ctx.act, ctx.slope = inputs
+        keep(ctx, tensors, ctx.act, output)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, _dz: None = None) -> tuple[Tensor | None, ...]:
@@ -88,7 +84,15 @@ def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometr
 def _unsupported(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: Any = 1
 ) -> str | None:
-    """Why torch's own conv2d runs, or raises, for these arguments; None where a kernel runs. On the path of every call."""
+    """Why torch's own conv2d runs, or raises, for these arguments; None where a kernel runs."""
+    found = _geometry_or_reason(x, weight, bias, stride, padding, dilation, groups)
+    return found if isinstance(found, str) else None
+
+
+def _geometry_or_reason(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: Any
+) -> Geometry | str:
+    """How the filter moves, or why no kernel takes these arguments. On the path of every call."""
     reason = unsupported(("input", x), ("weight", weight), optional=(("bias", bias),))
     if reason is not None:
         return reason
@@ -106,7 +110,7 @@ def _unsupported(
         return f"bias has shape {tuple(bias.shape)}, needs ({O},)"
     if weight_shape[2] < 1 or weight_shape[3] < 1 or min(geometry.size(x_shape, weight_shape)) < 1 or 0 in x_shape[-2:]:
         return f"the filter {tuple(weight_shape[2:])} does not fit into the padded image {tuple(x_shape[-2:])}"
-    return None
+    return geometry
 
 
 def conv2d_act(
@@ -135,8 +139,8 @@ def conv2d_act(
     act = ACTIVATIONS.get(activation)
     if act is None:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
-    reason = _unsupported(input, weight, bias, stride, padding, dilation, groups)
-    if reason is not None:
+    found = _geometry_or_reason(input, weight, bias, stride, padding, dilation, groups)
+    if isinstance(found, str):
         require_tensors(("input", input), ("weight", weight), optional=(("bias", bias),))
         options = (stride, padding, dilation, groups)
         if is_spread(input, weight, bias):
@@ -145,8 +149,7 @@ def conv2d_act(
         def native(*args: Any) -> Tensor:
             return act.reference(F.conv2d(*args), negative_slope, 0.0)
 
-        return without_kernel(reason, native, input, weight, bias, *options, name="conv2d")
-    geometry = geometry_of(weight.shape, stride, padding, dilation, groups)
+        return without_kernel(found, native, input, weight, bias, *options, name="conv2d")
     dtype = autocast_dtype(input)
     if dtype is not None:
         input, weight, bias = in_autocast(dtype, input, weight, bias)  # type: ignore[assignment]
@@ -154,10 +157,10 @@ def conv2d_act(
     if suggest_memory_format(weight) == torch.channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
     if needs_grad(x, weight, bias):
-        y = apply_function(_Conv2d, x, weight, bias, geometry, act, negative_slope)
+        y = apply_function(_Conv2d, x, weight, bias, found, act, negative_slope)
         y = y[0] if act.keeps == "x" else y
     else:
-        y = raw.forward(x, weight, bias, *geometry, act.code, negative_slope, False)[0]
+        y = raw.forward(x, weight, bias, *found, act.code, negative_slope, False)[0]
     return y if input.dim() == 4 else y.squeeze(0)
 
 
@@ -183,7 +186,7 @@ def conv1d(
 ) -> Tensor:  # fmt: skip
     """``torch.nn.functional.conv1d``: input ``(N, C, L)`` or ``(C, L)``, weight ``(O, C / groups, S)``, as images of one row."""
 
-    def in_row(name: str, value: Any, other: int) -> Any:
+    def in_row(value: Any, other: int) -> Any:
         number = value[0] if isinstance(value, (tuple, list)) and len(value) == 1 else value
         return (other, number) if isinstance(number, int) else value
 
@@ -192,7 +195,7 @@ def conv1d(
         require_tensors(("input", input), ("weight", weight), optional=(("bias", bias),))
         reason = f"input {tuple(input.shape)}, weight {tuple(weight.shape)} do not fit (N, C, L) or (C, L), and (O, C / groups, S)"
         return without_kernel(reason, F.conv1d, input, weight, bias, stride, padding, dilation, groups, name="conv1d")
-    options = (in_row("stride", stride, 1), in_row("padding", padding, 0), in_row("dilation", dilation, 1))
+    options = (in_row(stride, 1), in_row(padding, 0), in_row(dilation, 1))
     return conv2d(input.unsqueeze(-2), weight.unsqueeze(-2), bias, *options, groups).squeeze(-2)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from ..backend import define
-from ..contract import Optionals
+from ..contract import Optionals, check_traced
 
 __all__: list[str] = []
 
@@ -77,11 +77,7 @@ def _checked_size(x: Tensor, weight: Tensor, geometry: Geometry, **others: tuple
     P, Q = geometry.size(x.shape, weight.shape)
     torch._check(P > 0 and Q > 0, lambda: f"the filter {tuple(weight.shape[2:])} does not fit into the padded image {tuple(x.shape[2:])}")
     shape = (x.shape[0], weight.shape[0], P, Q)
-    for name, (t, needed) in {"weight": (weight, tuple(weight.shape)), **others}.items():
-        if t is not None:
-            needed = needed or shape
-            torch._check(t.dtype == x.dtype, lambda name=name, t=t: f"{name} has dtype {t.dtype}, needs {x.dtype} like x")
-            torch._check(t.shape == needed, lambda name=name, t=t, n=needed: f"{name} has shape {tuple(t.shape)}, needs {n}")
+    check_traced(x, weight=(weight, weight.shape), **{name: (t, needed or shape) for name, (t, needed) in others.items()})
     return shape
 
 

@@ -27,6 +27,7 @@ from ..backend import apply_function, define
 from ..contract import (
     Optionals,
     autocast_dtype,
+    check_traced,
     in_autocast,
     is_spread,
     needs_grad,
@@ -55,18 +56,15 @@ ACTIVATIONS: dict[str, Activation] = {  # by the names of linear_act; what goes 
 }
 
 
-def _check(x: Tensor, weight: Tensor, **others: tuple[Tensor, tuple[int, ...]]) -> None:
+def _check(x: Tensor, weight: Tensor, **others: tuple[Tensor | None, tuple[int, ...]]) -> None:
     """What the kernels check, while a graph is traced."""
     torch._check(x.dim() == 2 and weight.dim() == 2, lambda: f"x and weight must have 2 dimensions, got {x.dim()} and {weight.dim()}")
     torch._check(weight.shape[1] == x.shape[1], lambda: f"weight has shape {tuple(weight.shape)}, needs (N, {x.shape[1]}) to fit x")
-    for name, (t, shape) in {"weight": (weight, tuple(weight.shape)), **others}.items():
-        torch._check(t.dtype == x.dtype, lambda name=name, t=t: f"{name} has dtype {t.dtype}, needs {x.dtype} like x")
-        torch._check(t.device == x.device, lambda name=name, t=t: f"{name} is on {t.device}, x on {x.device}")
-        torch._check(t.shape == shape, lambda name=name, t=t, shape=shape: f"{name} has shape {tuple(t.shape)}, needs {shape}")
+    check_traced(x, weight=(weight, weight.shape), **others)
 
 
 def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None, activation: int, slope: float, save: bool) -> Optionals:
-    _check(x, weight, **({} if bias is None else {"bias": (bias, (weight.shape[0],))}))
+    _check(x, weight, bias=(bias, (weight.shape[0],)))
     shape = (x.shape[0], weight.shape[0])
     return x.new_empty(shape), x.new_empty(shape) if save else None
 
@@ -76,7 +74,7 @@ def _backward_fake(
     need_dbias: bool,
 ) -> Optionals:  # fmt: skip
     shape = (x.shape[0], weight.shape[0])
-    _check(x, weight, dy=(dy, shape), **({} if saved is None else {"saved": (saved, shape)}))
+    _check(x, weight, dy=(dy, shape), saved=(saved, shape))
     return (
         x.new_empty(x.shape) if need_dx else None,
         x.new_empty(weight.shape) if need_dweight else None,
@@ -94,6 +92,16 @@ _backward = define(
 )
 
 
+def keep(ctx: Any, tensors: list[Tensor | None], act: Activation, output: Any) -> None:
+    """Save for the backward of a product with ``act`` behind it: ``tensors``, and of ``output``, y or (y, z), what the derivative needs."""
+    saved = output if act.keeps == "y" else None
+    if act.keeps == "x":
+        saved = output[1]
+        ctx.mark_non_differentiable(saved)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, saved)
+
+
 class _Linear(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -105,13 +113,8 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        x, weight, bias, ctx.act, ctx.slope = inputs
-        saved = output if ctx.act.keeps == "y" else None
-        if ctx.act.keeps == "x":
-            saved = output[1]
-            ctx.mark_non_differentiable(saved)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, bias, saved)
+        *tensors, ctx.act, ctx.slope = inputs
+        keep(ctx, tensors, ctx.act, output)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, _dz: None = None) -> tuple[Tensor | None, ...]:

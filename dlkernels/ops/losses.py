@@ -37,6 +37,7 @@ from ..contract import (
     REDUCTIONS,
     Optionals,
     autocast_dtype,
+    check_traced,
     in_float32,
     is_spread,
     needs_grad,
@@ -69,11 +70,7 @@ BCE_WITH_LOGITS = Loss(5, F.binary_cross_entropy_with_logits, spreads=False)
 
 
 def _check(x: Tensor, **others: Tensor | None) -> None:
-    """What the kernels check, while a graph is traced."""
-    for name, t in others.items():
-        if t is not None:
-            torch._check(t.dtype == x.dtype, lambda name=name, t=t: f"{name} has dtype {t.dtype}, needs {x.dtype} like x")
-            torch._check(t.shape == x.shape, lambda name=name, t=t: f"{name} has shape {tuple(t.shape)}, needs {tuple(x.shape)}")
+    check_traced(x, **{name: (t, x.shape) for name, t in others.items()})
 
 
 def _forward_fake(x: Tensor, target: Tensor, weight: Any, pos_weight: Any, loss: int, parameter: float, reduction: int) -> Tensor:
