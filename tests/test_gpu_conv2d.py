@@ -1,53 +1,34 @@
-"""The Triton launchers of conv2d: on a CUDA device where there is one, else in Triton's interpreter, in a process of its own; and, without
-either, the machine code that they compile to.
+"""The Triton launchers of conv2d, and, without a GPU, the machine code that they compile to. Where they run: launchers.py.
 
-The interpreter has to be chosen before a kernel is imported, so without a GPU the first test runs this file again with TRITON_INTERPRET=1.
-bf16 is left to the GPU: the interpreter computes it wrongly.
+One file, of more than 300 lines, as the interpreter's process and the compiled kernels are tested on the same cases.
 """
 
 from __future__ import annotations
 
 import itertools
-import os
 import random
 import re
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from launchers import DEVICE, DTYPES, INTERPRET, KEEPS_Z, REFERENCE, SLOPE, elsewhere, here, passes_in_the_interpreter, quiet
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-HERE = INTERPRET or torch.cuda.is_available()
-DEVICE = "cpu" if INTERPRET else "cuda"
-DTYPES = [torch.float32, torch.float64, torch.float16] + [torch.bfloat16] * (not INTERPRET)
 EPS = {torch.float32: 1e-5, torch.float64: 1e-13, torch.float16: 8e-3, torch.bfloat16: 8e-2}
-SLOPE = 0.1
 F = torch.nn.functional
-REFERENCE: dict[int, Callable[[Tensor], Tensor]] = {
-    0: lambda z: z, 1: torch.relu, 2: F.gelu, 3: lambda z: F.gelu(z, approximate="tanh"), 4: lambda z: F.leaky_relu(z, SLOPE),
-    5: torch.sigmoid, 6: torch.tanh, 7: F.silu,
-}  # fmt: skip
-KEEPS_Z = (2, 3, 7)
 
-here = pytest.mark.skipif(not HERE, reason="runs in the interpreter's process")
 compiles = pytest.mark.skipif(INTERPRET, reason="the interpreter leaves nothing to compile")
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:divide by zero", "ignore:invalid value")
+pytestmark = quiet
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(HERE, reason="this is that process, or there is a GPU")
+@elsewhere
 def test_in_the_interpreter() -> None:
-    env = {**os.environ, "TRITON_INTERPRET": "1", "DLKERNELS_BACKEND": "triton", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    result = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout
+    passes_in_the_interpreter(__file__)
 
 
 class Case(NamedTuple):

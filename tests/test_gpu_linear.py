@@ -1,53 +1,26 @@
-"""The Triton launchers of linear: on a CUDA device where there is one, else in Triton's interpreter, in a process of its own.
-
-The interpreter has to be chosen before a kernel is imported, so without a GPU the first test runs this file again with TRITON_INTERPRET=1:
-that is why it stays one file, of a little over 300 lines.
-bf16 is left to the GPU: the interpreter computes it wrongly.
-"""
+"""The Triton launchers of linear: values, gradients, splits, layouts and refusals. Where they run: launchers.py."""
 
 from __future__ import annotations
 
 import itertools
 import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
+from launchers import DEVICE, DTYPES, INTERPRET, KEEPS_Z, REFERENCE, SLOPE, elsewhere, here, passes_in_the_interpreter, quiet
 from torch import Tensor
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-HERE = INTERPRET or torch.cuda.is_available()
-DEVICE = "cpu" if INTERPRET else "cuda"
-DTYPES = [torch.float32, torch.float64, torch.float16] + [torch.bfloat16] * (not INTERPRET)
 EPS = {torch.float32: 1e-6, torch.float64: 1e-14, torch.float16: 2e-3, torch.bfloat16: 2e-2}
-SLOPE = 0.1
-REFERENCE = {
-    0: lambda z: z,
-    1: torch.relu,
-    2: torch.nn.functional.gelu,
-    3: lambda z: torch.nn.functional.gelu(z, approximate="tanh"),
-    4: lambda z: torch.nn.functional.leaky_relu(z, SLOPE),
-    5: torch.sigmoid,
-    6: torch.tanh,
-    7: torch.nn.functional.silu,
-}
-KEEPS_Z = (2, 3, 7)
 SIZES = [(1, 1, 1), (5, 7, 3), (17, 33, 31), (64, 32, 64), (65, 67, 66)]  # M, K, N
 
-here = pytest.mark.skipif(not HERE, reason="runs in the interpreter's process")
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:divide by zero", "ignore:invalid value")
+pytestmark = quiet
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(HERE, reason="this is that process, or there is a GPU")
+@elsewhere
 def test_in_the_interpreter() -> None:
-    env = {**os.environ, "TRITON_INTERPRET": "1", "DLKERNELS_BACKEND": "triton", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    result = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout
+    passes_in_the_interpreter(__file__)
 
 
 def randn(*shape: int, dtype: torch.dtype, integer: bool = False) -> Tensor:
