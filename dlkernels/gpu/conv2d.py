@@ -26,7 +26,7 @@ from .activations import DERIVATIVES, LEAKY_RELU
 from .channels import place, view_of
 from .config import ceil_div
 from .launch import check_tensor, launch
-from .windows import Windows, windows_of
+from .conv2d_windows import Windows, windows_of
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 

@@ -38,7 +38,7 @@ from .config import ceil_div, kind_of
 from .conv2d_tiles import FEW, count_of, few_channels, most_of, shared, stepped, tile_of
 from .launch import device_of, launch, precision
 from .matmul import combine, tile_ids, wrapped
-from .windows import Windows, advance, exists, layout, place, positions
+from .conv2d_windows import Windows, advance, exists, layout, place, positions
 
 
 @triton.jit

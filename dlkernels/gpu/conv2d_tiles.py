@@ -11,7 +11,7 @@ from torch import Tensor
 from ..contract import statistics_dtype
 from .config import Config, candidates, ceil_div
 from .launch import Device
-from .windows import layout
+from .conv2d_windows import layout
 
 FEW = 16  # channels that do not fill a step
 
