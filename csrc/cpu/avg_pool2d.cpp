@@ -12,13 +12,14 @@ namespace {
 
 constexpr const char *FORWARD = "avg_pool2d_forward", *BACKWARD = "avg_pool2d_backward";
 
-// divisor(p, q) = down[p] right[q]
+// divisor(p, q) = down[p] right[q], or its reciprocal.
 template <class C> struct Divisors {
     std::vector<C> down, right;
-    Divisors(const Windows& k, bool with_padding, int64_t given) {
-        auto places = [&](const Window& w) { return with_padding ? w.padded : w.last - w.first; };
-        for (int64_t p = 0; p < k.h.out; p++) down.push_back(given ? given : places(k.h.window(p)));
-        for (int64_t q = 0; q < k.w.out; q++) right.push_back(given ? 1 : places(k.w.window(q)));
+    Divisors(const Windows& k, bool with_padding, int64_t given, bool reciprocal) {
+        auto number = [&](double n) { return C(reciprocal ? 1 / n : n); };
+        auto places = [&](const Window& w) { return double(with_padding ? w.padded : w.last - w.first); };
+        for (int64_t p = 0; p < k.h.out; p++) down.push_back(number(given ? double(given) : places(k.h.window(p))));
+        for (int64_t q = 0; q < k.w.out; q++) right.push_back(number(given ? 1 : places(k.w.window(q))));
         right.resize(k.w.out + VL<C>, 1);
     }
 };
@@ -51,20 +52,21 @@ template <class T> void forward_pixels(const Windows& k, const Divisors<compute_
     });
 }
 
-template <class T> void backward_pixels(const Windows& k, const Divisors<compute_t<T>>& divisors, const T* dy, T* dx) {
+template <class T> void backward_pixels(const Windows& k, const Divisors<compute_t<T>>& shares, const T* dy, T* dx) {
     using C = compute_t<T>;
     constexpr int L = VL<C>;
+    const std::vector<Range> columns = k.w.coverings();
     each_row_of_pixels<GROUP * L>(k, k.N * k.h.in, [&](int64_t i, int64_t begin, int64_t end) {
-        int64_t image = i / k.h.in * k.h.out * k.w.out;
+        const int64_t h = i % k.h.in, image = i / k.h.in * k.h.out * k.w.out;
+        const Range rows = k.h.covering(h);
         for (int64_t w = 0; w < k.w.in; w++)
             each_group<L>(begin, end, [&](auto n, int64_t c, int lanes) INLINE {
                 constexpr int M = decltype(n)::value;
                 vec<C> acc[M] = {};
-                k.h.covering(i % k.h.in, [&](int64_t p, int64_t) INLINE {
-                    C down = divisors.down[p];
-                    k.w.covering(w, [&](int64_t q, int64_t) INLINE {
+                k.h.each_covering(rows, h, [&](int64_t p, int64_t) INLINE {
+                    k.w.each_covering(columns[w], w, [&](int64_t q, int64_t) INLINE {
                         const T* from = dy + (image + p * k.w.out + q) * k.C + c;
-                        C share = 1 / (down * divisors.right[q]);
+                        C share = shares.down[p] * shares.right[q];
 #pragma GCC unroll 4
                         for (int j = 0; j < M; j++) acc[j] += load(from + j * L, lanes) * share;
                     });
@@ -91,9 +93,9 @@ template <class T> void forward_planes(const Windows& k, const Divisors<compute_
     const int64_t P = k.h.out, Q = k.w.out, W = k.w.in;
     parallel(k.N * k.C * P, [&](int64_t i, int64_t end) {
         std::vector<C> sums(ceil_div(W, L) * L), row = strands.filled(0), wide(Q + L);
-        for (; i < end; i++) {
-            const Window h = k.h.window(i % P);
-            const T* from = x + (i / P * k.h.in + h.start + h.first) * W;
+        for (Row at(i, P); i < end; i++, at++) {
+            const Window h = k.h.window(at.row);
+            const T* from = x + (at.plane * k.h.in + h.start + h.first) * W;
             for (int64_t w = 0; w < W; w += L) {
                 int lanes = std::min<int64_t>(L, W - w);
                 vec<C> acc{};
@@ -104,38 +106,39 @@ template <class T> void forward_planes(const Windows& k, const Divisors<compute_
             else for (int64_t q = 0; q < Q; q++) wide[q] = sum_along(&sums[columns[q].start], columns[q].first, columns[q].last);
             for (int64_t q = 0; q < Q; q += L) {
                 vec<C> acc{};
-                if (in_strands) for (int64_t at : strands.at) acc += load(&row[at + q]);
+                if (in_strands) for (int64_t from : strands.at) acc += load(&row[from + q]);
                 else acc = load(&wide[q]);
-                store(y + i * Q + q, acc / (divisors.down[i % P] * load(&divisors.right[q])), int(std::min<int64_t>(L, Q - q)));
+                store(y + i * Q + q, acc / (divisors.down[at.row] * load(&divisors.right[q])), int(std::min<int64_t>(L, Q - q)));
             }
         }
     }, k.serial());
 }
 
-template <class T> void backward_planes(const Windows& k, const Divisors<compute_t<T>>& divisors, const T* dy, T* dx) {
+template <class T> void backward_planes(const Windows& k, const Divisors<compute_t<T>>& shares, const T* dy, T* dx) {
     using C = compute_t<T>;
     constexpr int L = VL<C>;
     const bool in_strands = k.in_strands(L);
     const Strands<C> strands(in_strands ? k.w : Axis{1, 1, 1, 1, 0, 1});
     const std::vector<Window> columns = k.w.all();
+    const std::vector<Range> rows = k.h.coverings();
     const int64_t H = k.h.in, W = k.w.in, Q = k.w.out, front = strands.shift;
     parallel(k.N * k.C * H, [&](int64_t i, int64_t end) {
-        std::vector<C> shares(front + std::max(Q, strands.length) + L), row = strands.filled(0), wide(W + L);
-        for (; i < end; i++) {
-            C* share = &shares[front];  // of each window of a row in place h; zeros stand before and behind
-            std::fill(share, share + Q, C(0));
-            k.h.covering(i % H, [&](int64_t p, int64_t) {
+        std::vector<C> given(front + std::max(Q, strands.length) + L), row = strands.filled(0), wide(W + L);
+        C* slope = &given[front];  // what each window of a row gives to a place in row h; zeros stand before and behind
+        for (Row at(i, H); i < end; i++, at++) {
+            std::fill(slope, slope + Q, C(0));
+            k.h.each_covering(rows[at.row], at.row, [&](int64_t p, int64_t) {
+                const T* from = dy + (at.plane * k.h.out + p) * Q;
                 for (int64_t q = 0; q < Q; q += L) {
-                    int lanes = std::min<int64_t>(L, Q - q);
-                    vec<C> part = load(dy + (i / H * k.h.out + p) * Q + q, lanes) / (divisors.down[p] * load(&divisors.right[q]));
-                    store(share + q, load(share + q) + part);
+                    vec<C> share = shares.down[p] * load(&shares.right[q]);
+                    store(slope + q, load(slope + q) + load(from + q, int(std::min<int64_t>(L, Q - q))) * share);
                 }
             });
             if (in_strands) {
                 for (int64_t f = 0; f < strands.stride; f++)
-                    for (int64_t j = 0; j < Q + front; j += L) {
+                    for (int64_t j = 0; j < strands.used; j += L) {
                         vec<C> acc{};
-                        for (int64_t s : strands.offsets[f]) acc += load(share + j - strands.place(s));
+                        for (int64_t s : strands.offsets[f]) acc += load(slope + j - strands.place(s));
                         store(&row[f * strands.length + j], acc);
                     }
                 strands.join(row.data(), dx + i * W);
@@ -143,7 +146,7 @@ template <class T> void backward_planes(const Windows& k, const Divisors<compute
                 std::fill(wide.begin(), wide.end(), C(0));
                 for (int64_t q = 0; q < Q; q++)
                     for (int64_t w = columns[q].start + columns[q].first, stop = columns[q].start + columns[q].last; w < stop; w += L)
-                        store(&wide[w], load(&wide[w]) + keep(set(share[q]), int(std::min<int64_t>(L, stop - w))));
+                        store(&wide[w], load(&wide[w]) + keep(set(slope[q]), int(std::min<int64_t>(L, stop - w))));
                 for (int64_t w = 0; w < W; w += L) store(dx + i * W + w, load(&wide[w]), int(std::min<int64_t>(L, W - w)));
             }
         }
@@ -163,7 +166,7 @@ Tensor avg_pool2d_forward(Tensor x, int64_t P, int64_t Q, Ints kernel, Ints stri
     with_type(FORWARD, x.scalar_type(), [&](auto type) {
         using T = decltype(type);
         auto run = k.channels_last() ? forward_pixels<T> : forward_planes<T>;
-        run(k, {k, count_include_pad, divisor}, static_cast<const T*>(xs.data_ptr()), static_cast<T*>(y.data_ptr()));
+        run(k, {k, count_include_pad, divisor, false}, static_cast<const T*>(xs.data_ptr()), static_cast<T*>(y.data_ptr()));
     });
     return y;
 }
@@ -180,7 +183,7 @@ Tensor avg_pool2d_backward(Tensor dy, int64_t H, int64_t W, Ints kernel, Ints st
     with_type(BACKWARD, dy.scalar_type(), [&](auto type) {
         using T = decltype(type);
         auto run = channels_last ? backward_pixels<T> : backward_planes<T>;
-        run(k, {k, count_include_pad, divisor}, static_cast<const T*>(slopes.data_ptr()), static_cast<T*>(dx.data_ptr()));
+        run(k, {k, count_include_pad, divisor, true}, static_cast<const T*>(slopes.data_ptr()), static_cast<T*>(dx.data_ptr()));
     });
     return dx;
 }

@@ -20,26 +20,34 @@ template <class C> struct Largest {
     vec<C> value;
     vec<ints<C>> code;
     INLINE void see(vec<C> v, vec<ints<C>> here) {
-        auto better = (v > value) | (v != v);
-        value = better ? v : value, code = better ? here : code;
+        code = v > value ? here : v != v ? here : code;
+        value = v > value ? v : v != v ? v : value;
     }
 };
 
 template <class C> inline vec<ints<C>> all(int64_t code) { return vec<ints<C>>{} + ints<C>(code); }
 
-// The first n codes as bytes or int32.
-template <class K, class I> inline void store_codes(K* to, I code, int n) {
-    typedef K Codes __attribute__((vector_size(sizeof(K) * LANES<I>)));
-    Codes codes = __builtin_convertvector(code, Codes);
-    if (n >= LANES<I>) memcpy(to, &codes, sizeof(codes));
-    else memcpy(to, &codes, n * sizeof(K));
+template <class V, class T> inline V load_some(const T* p, int n) { return n >= LANES<V> ? load_raw<V>(p) : load_raw<V>(p, n); }
+template <class V, class T> inline void store_some(T* p, V v, int n) { n >= LANES<V> ? store_raw(p, v) : store_raw(p, v, n); }
+
+// The first n codes as bytes or int32, and back.
+template <class K> inline void store_codes(K* to, vec<int32_t> code, int n) {
+    if constexpr (sizeof(K) == 4) return store_some(to, code, n);
+    else store_some(to, __builtin_convertvector(shorten(bits_as<vec<uint32_t>>(code)), bytes), n);
+}
+template <class K> inline void store_codes(K* to, vec<int64_t> code, int n) {
+    for (int i = 0; i < n; i++) to[i] = code[i];
 }
 template <class C, class K> inline vec<ints<C>> load_codes(const K* from, int n) {
-    typedef K Codes __attribute__((vector_size(sizeof(K) * VL<C>)));
-    Codes codes{};
-    if (n >= VL<C>) memcpy(&codes, from, sizeof(codes));
-    else memcpy(&codes, from, n * sizeof(K));
-    return __builtin_convertvector(codes, vec<ints<C>>);
+    if constexpr (sizeof(C) == 8) {
+        int64_t code[VL<C>] = {};
+        if (n >= VL<C>)
+            for (int i = 0; i < VL<C>; i++) code[i] = from[i];
+        else
+            for (int i = 0; i < n; i++) code[i] = from[i];
+        return load_raw<vec<int64_t>>(code);
+    } else if constexpr (sizeof(K) == 4) return load_some<vec<int32_t>>(from, n);
+    else return bits_as<vec<int32_t>>(lengthen(load_some<bytes>(from, n)));
 }
 
 // ---- channels last -----------------------------------------------------------------------------------------------------------------
@@ -79,14 +87,16 @@ template <class T, class K> void backward_pixels(const Windows& k, const T* dy, 
     using C = compute_t<T>;
     constexpr int L = VL<C>;
     const int64_t KW = k.w.widest();
+    const std::vector<Range> columns = k.w.coverings();
     each_row_of_pixels<GROUP * L>(k, k.N * k.h.in, [&](int64_t i, int64_t begin, int64_t end) {
-        int64_t image = i / k.h.in * k.h.out * k.w.out;
+        const int64_t h = i % k.h.in, image = i / k.h.in * k.h.out * k.w.out;
+        const Range rows = k.h.covering(h);
         for (int64_t w = 0; w < k.w.in; w++)
             each_group<L>(begin, end, [&](auto n, int64_t c, int lanes) INLINE {
                 constexpr int M = decltype(n)::value;
                 vec<C> acc[M] = {};
-                k.h.covering(i % k.h.in, [&](int64_t p, int64_t r) INLINE {
-                    k.w.covering(w, [&](int64_t q, int64_t s) INLINE {
+                k.h.each_covering(rows, h, [&](int64_t p, int64_t r) INLINE {
+                    k.w.each_covering(columns[w], w, [&](int64_t q, int64_t s) INLINE {
                         int64_t at = (image + p * k.w.out + q) * k.C + c;
 #pragma GCC unroll 4
                         for (int j = 0; j < M; j++)
@@ -112,12 +122,12 @@ template <class T, class K> void forward_strands(const Windows& k, const T* x, T
     parallel(k.N * k.C * P, [&](int64_t i, int64_t end) {
         std::vector<C> row = strands.filled(LOWEST<C>), value(padded);
         std::vector<I> code(padded);
-        for (; i < end; i++) {
-            const Window h = k.h.window(i % P);
+        for (Row at(i, P); i < end; i++, at++) {
+            const Window h = k.h.window(at.row);
             std::fill(value.begin(), value.end(), LOWEST<C>);
             for (int64_t q = 0; q < Q; q += L) store_raw(&code[q], load_raw<vec<I>>(&first[q]) + all<C>(h.first * KW));
             for (int64_t r = h.first; r < h.last; r++) {
-                strands.split(x + (i / P * k.h.in + h.start + r * k.h.dilation) * W, row.data());
+                strands.split(x + (at.plane * k.h.in + h.start + r * k.h.dilation) * W, row.data());
                 for (int64_t q = 0; q < Q; q += L) {
                     Largest<C> best = {load(&value[q]), load_raw<vec<I>>(&code[q])};
                     for (int64_t s = 0; s < KW; s++) best.see(load(&row[strands.at[s] + q]), all<C>(r * KW + s));
@@ -135,32 +145,33 @@ template <class T, class K> void forward_strands(const Windows& k, const T* x, T
 
 template <class T, class K> void backward_strands(const Windows& k, const T* dy, const K* argmax, T* dx) {
     using C = compute_t<T>;
-    using I = ints<C>;
     constexpr int L = VL<C>;
     const Strands<C> strands(k.w);
+    const std::vector<Range> rows = k.h.coverings();
     const int64_t H = k.h.in, Q = k.w.out, KW = k.w.widest(), front = strands.shift, padded = front + strands.length + L;
     parallel(k.N * k.C * H, [&](int64_t i, int64_t end) {
-        std::vector<C> row = strands.filled(0), slope(padded);  // of a row of windows; zeros stand before and behind
-        std::vector<I> code(padded);
-        for (; i < end; i++) {
-            std::fill(row.begin(), row.end(), C(0));
-            k.h.covering(i % H, [&](int64_t p, int64_t r) {
-                int64_t at = (i / H * k.h.out + p) * Q;
-                for (int64_t q = 0; q < Q; q += L) {
-                    int lanes = std::min<int64_t>(L, Q - q);
-                    store(&slope[front + q], load(dy + at + q, lanes)), store_raw(&code[front + q], load_codes<C>(argmax + at + q, lanes));
-                }
-                for (int64_t f = 0; f < strands.stride; f++)
-                    for (int64_t j = 0; j < Q + front; j += L) {
-                        C* to = &row[f * strands.length + j];
-                        vec<C> acc = load(to);
-                        for (int64_t s : strands.offsets[f]) {
-                            int64_t from = front + j - strands.place(s);
-                            acc += load_raw<vec<I>>(&code[from]) == all<C>(r * KW + s) ? load(&slope[from]) : vec<C>{};
-                        }
-                        store(to, acc);
-                    }
+        std::vector<C> row = strands.filled(0), slope;  // slope and code of the rows of windows that see row h; zeros before and behind
+        std::vector<K> code;
+        std::vector<int64_t> number;  // in the window, of row h's first column
+        for (Row at(i, H); i < end; i++, at++) {
+            number.clear();
+            k.h.each_covering(rows[at.row], at.row, [&](int64_t p, int64_t r) {
+                int64_t from = (at.plane * k.h.out + p) * Q, to = int64_t(number.size()) * padded + front;
+                number.push_back(r * KW);
+                if (int64_t(slope.size()) < to + padded) slope.resize(to + padded), code.resize(to + padded);
+                for (int64_t q = 0; q < Q; q += L) store(&slope[to + q], load(dy + from + q, int(std::min<int64_t>(L, Q - q))));
+                std::copy_n(argmax + from, Q, &code[to]);
             });
+            for (int64_t f = 0; f < strands.stride; f++)
+                for (int64_t j = 0; j < strands.used; j += L) {
+                    vec<C> acc{};
+                    for (size_t n = 0; n < number.size(); n++)
+                        for (int64_t s : strands.offsets[f]) {
+                            int64_t from = n * padded + front + j - strands.place(s);
+                            acc += load_codes<C>(&code[from], L) == all<C>(number[n] + s) ? load(&slope[from]) : vec<C>{};
+                        }
+                    store(&row[f * strands.length + j], acc);
+                }
             strands.join(row.data(), dx + i * k.w.in);
         }
     }, k.serial());
@@ -175,9 +186,9 @@ template <class T, class K> void forward_wide(const Windows& k, const T* x, T* y
     const std::vector<Window> columns = k.w.all();
     const int64_t P = k.h.out, Q = k.w.out, W = k.w.in, KW = k.w.widest(), step = k.w.dilation;
     parallel(k.N * k.C * P, [&](int64_t i, int64_t end) {
-        for (; i < end; i++) {
-            const Window h = k.h.window(i % P);
-            const T* plane = x + i / P * k.h.in * W;
+        for (Row at(i, P); i < end; i++, at++) {
+            const Window h = k.h.window(at.row);
+            const T* plane = x + at.plane * k.h.in * W;
             for (int64_t q = 0; q < Q; q++) {
                 const Window w = columns[q];
                 Largest<C> best = {set(LOWEST<C>), all<C>(h.first * KW + w.first)};
@@ -204,16 +215,17 @@ template <class T, class K> void backward_wide(const Windows& k, const T* dy, co
     using C = compute_t<T>;
     constexpr int L = VL<C>;
     const std::vector<Window> columns = k.w.all();
+    const std::vector<Range> rows = k.h.coverings();
     const int64_t H = k.h.in, W = k.w.in, Q = k.w.out, KW = k.w.widest();
     parallel(k.N * k.C * H, [&](int64_t i, int64_t end) {
         std::vector<C> row(ceil_div(W, L) * L);
-        for (; i < end; i++) {
+        for (Row at(i, H); i < end; i++, at++) {
             std::fill(row.begin(), row.end(), C(0));
-            k.h.covering(i % H, [&](int64_t p, int64_t r) {
-                int64_t at = (i / H * k.h.out + p) * Q;
+            k.h.each_covering(rows[at.row], at.row, [&](int64_t p, int64_t r) {
+                int64_t from = (at.plane * k.h.out + p) * Q;
                 for (int64_t q = 0; q < Q; q++) {
-                    int64_t s = argmax[at + q] - r * KW;
-                    if (s >= columns[q].first && s < columns[q].last) row[columns[q].start + s * k.w.dilation] += load(dy + at + q, 1)[0];
+                    int64_t s = argmax[from + q] - r * KW;
+                    if (s >= columns[q].first && s < columns[q].last) row[columns[q].start + s * k.w.dilation] += load(dy + from + q, 1)[0];
                 }
             });
             for (int64_t w = 0; w < W; w += L) store(dx + i * W + w, load(&row[w]), int(std::min<int64_t>(L, W - w)));

@@ -146,21 +146,17 @@ inline vec<uint64_t> multiply_low(vec<uint64_t> a, vec<uint64_t> b) {
 
 // ---- half precision ------------------------------------------------------------------------------------------------------------
 
-// 16 bits to 32 and back: the compiler's own conversion takes six instructions for each of these.
-inline vec<uint32_t> lengthen(halves h) {
+// 16 bits to 32 and back, and 8 to 32: the compiler's own conversion takes six instructions for each of these.
+typedef uint8_t bytes __attribute__((vector_size(VECTOR_BYTES / 4)));  // VL<float> of them
 #if defined(__AVX512F__)
-    return bits_as<vec<uint32_t>>(_mm512_maskz_cvtepu16_epi32(0xffff, bits_as<__m256i>(h)));
+inline vec<uint32_t> lengthen(halves h) { return bits_as<vec<uint32_t>>(_mm512_maskz_cvtepu16_epi32(0xffff, bits_as<__m256i>(h))); }
+inline vec<uint32_t> lengthen(bytes b) { return bits_as<vec<uint32_t>>(_mm512_maskz_cvtepu8_epi32(0xffff, bits_as<__m128i>(b))); }
+inline halves shorten(vec<uint32_t> u) { return bits_as<halves>(_mm512_maskz_cvtepi32_epi16(0xffff, bits_as<__m512i>(u))); }
 #else
-    return __builtin_convertvector(h, vec<uint32_t>);
+inline vec<uint32_t> lengthen(halves h) { return __builtin_convertvector(h, vec<uint32_t>); }
+inline vec<uint32_t> lengthen(bytes b) { return lengthen(__builtin_convertvector(b, halves)); }
+inline halves shorten(vec<uint32_t> u) { return __builtin_convertvector(u, halves); }
 #endif
-}
-inline halves shorten(vec<uint32_t> u) {
-#if defined(__AVX512F__)
-    return bits_as<halves>(_mm512_maskz_cvtepi32_epi16(0xffff, bits_as<__m512i>(u)));
-#else
-    return __builtin_convertvector(u, halves);
-#endif
-}
 inline vec<float> widen(halves h, bf16) { return bits_as<vec<float>>(lengthen(h) << 16); }
 inline halves narrow(vec<float> v, bf16) {  // round to nearest even; a NaN stays one
 #if defined(__AVX512BF16__) && defined(__AVX512DQ__)

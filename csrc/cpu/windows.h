@@ -24,6 +24,10 @@ struct Window {
     int64_t start, first, last, padded;
 };
 
+struct Range {
+    int64_t begin, end;
+};
+
 struct Axis {
     int64_t in, out, kernel, stride, padding, dilation;  // kernel 0: adaptive
 
@@ -42,15 +46,20 @@ struct Axis {
         for (int64_t p = 0; p < out; p++) windows[p] = window(p);
         return windows;
     }
-    // f(p, r) for every window p that sees place h, with its offset r there.
-    template <class F> INLINE void covering(int64_t h, const F& f) const {
-        if (!regular()) {
-            for (int64_t p = h * out / in, end = std::min(out, ceil_div((h + 1) * out, in)); p < end; p++) f(p, h - p * in / out);
-            return;
-        }
-        int64_t t = h + padding, before = t - (kernel - 1) * dilation, end = std::min(out, t / stride + 1);
-        for (int64_t p = before > 0 ? ceil_div(before, stride) : 0; p < end; p++) {
-            int64_t r = t - p * stride;
+    // The windows that may see place h, and f(p, r) for those that do, with the offset r at which.
+    Range covering(int64_t h) const {
+        if (!regular()) return {h * out / in, std::min(out, ceil_div((h + 1) * out, in))};
+        int64_t behind = h + padding, before = behind - (kernel - 1) * dilation;
+        return {before > 0 ? ceil_div(before, stride) : 0, std::min(out, behind / stride + 1)};
+    }
+    std::vector<Range> coverings() const {
+        std::vector<Range> ranges(in);
+        for (int64_t h = 0; h < in; h++) ranges[h] = covering(h);
+        return ranges;
+    }
+    template <class F> INLINE void each_covering(Range range, int64_t h, const F& f) const {
+        for (int64_t p = range.begin; p < range.end; p++) {
+            int64_t r = h - start(p);
             if (dilation == 1) f(p, r);
             else if (r % dilation == 0) f(p, r / dilation);
         }
@@ -80,14 +89,15 @@ template <class C> struct Strands {
     using V = vec<C>;
     static constexpr int L = VL<C>;
     static constexpr std::make_integer_sequence<int, L> lanes{};
-    int64_t in, stride, padding, kernel, length, shift;  // of a strand; the places from offset 0 to the last one of a window
+    int64_t in, stride, padding, kernel, shift;  // places from offset 0 to the last one of a window
+    int64_t length, used;                       // of a strand: room for vectors, and what the row needs
     std::vector<int64_t> at;                             // where window 0 sees offset s
     std::vector<std::vector<int64_t>> offsets;           // those that lie in strand f
 
     explicit Strands(const Axis& w)
         : in(w.in), stride(w.out > 1 ? w.stride : 1), padding(w.padding), kernel(w.kernel), shift((kernel - 1) * w.dilation / stride),
           offsets(stride) {
-        length = std::max(w.out + shift, (in + padding) / stride) + 1 + 2 * L;
+        used = (in + padding) / stride + 1, length = std::max(w.out + shift, used) + 2 * L;
         for (int64_t s = 0; s < kernel; s++) {
             int64_t f = s * w.dilation % stride;
             at.push_back(f * length + s * w.dilation / stride), offsets[f].push_back(s);
@@ -144,6 +154,13 @@ template <int WIDTH, class Body> void each_row_of_pixels(const Windows& k, int64
     }, k.serial());
 }
 
+// Counts through the rows of planes.
+struct Row {
+    int64_t plane, row, rows;
+    Row(int64_t i, int64_t rows) : plane(i / rows), row(i % rows), rows(rows) {}
+    void operator++(int) { if (++row == rows) plane++, row = 0; }
+};
+
 // f(n, c, lanes) for channels [c, end): n vectors from c on, known to the compiler; lanes < VL only for the last.
 template <int L, class F> INLINE inline void each_group(int64_t c, int64_t end, const F& f) {
     for (; c + GROUP * L <= end; c += GROUP * L) f(std::integral_constant<int, GROUP>{}, c, L);
@@ -170,8 +187,7 @@ inline Axis checked_axis(const char* op, const char* name, int64_t in, int64_t o
         return axis;
     }
     if (axis.stride < 1 || axis.dilation < 1) fail(op, ": stride and dilation need to be at least 1, got ", axis.stride, " and ", axis.dilation);
-    if (2 * axis.padding > (axis.kernel - 1) * axis.dilation + 1)
-        fail(op, ": padding is ", axis.padding, ", needs to be at most half of the window, kernel_size ", axis.kernel, " dilation ", axis.dilation);
+    if (2 * axis.padding > axis.kernel) fail(op, ": padding is ", axis.padding, ", needs to be at most half of kernel_size ", axis.kernel);
     if ((out - 1) * axis.stride >= in + axis.padding) fail(op, ": the last of ", out, " windows would begin behind the ", name, " ", in);
     return axis;
 }
@@ -184,6 +200,12 @@ inline Windows checked_windows(const char* op, const Format& format, int64_t N, 
     if ((g.kernel[0] == 0) != (g.kernel[1] == 0)) fail(op, ": kernel_size needs to be 0 for both dimensions or for none");
     if (in[0] * in[1] >= LIMIT || k.h.widest() * k.w.widest() >= LIMIT)
         fail(op, ": a plane of ", in[0], " x ", in[1], " in windows of ", k.h.widest(), " x ", k.w.widest(), ", needs less than 2^31 places in each");
+    // A window of whole rows is a window of one long row.
+    bool whole_rows = k.h.regular() && k.w.kernel == in[1] && k.w.padding == 0 && k.h.dilation == 1 && k.w.dilation == 1;
+    if (whole_rows && !k.channels_last()) {
+        for (int64_t* rows : {&k.h.in, &k.h.kernel, &k.h.stride, &k.h.padding}) *rows *= in[1];
+        k.w = k.h, k.h = {1, 1, 1, 1, 0, 1};
+    }
     return k;
 }
 

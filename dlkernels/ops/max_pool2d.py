@@ -81,19 +81,19 @@ class _MaxPool2d(torch.autograd.Function):
 
 def _scattered(dy: Tensor, argmax: Tensor, at: Windows, plane: Pair) -> Tensor:
     """The gradient in PyTorch's own operations. It is linear in dy, and of x it needs nothing but where its largest numbers are."""
-    index, numbers = _indices(argmax, at, plane).flatten(2), plane[0] * plane[1]
-    inside = index < numbers  # not where a window with dilation lies between all numbers
-    dx = dy.new_zeros((*dy.shape[:2], numbers)).scatter_add(2, index * inside, dy.flatten(2) * inside)
-    return dx.unflatten(2, tuple(plane))
+    (h, w), (H, W) = _places(argmax, at, plane), plane
+    inside = (h < H) & (w < W)  # not where all places of a window with dilation lie in the padding
+    index = torch.where(inside, h * W + w, 0).flatten(2)
+    dx = dy.new_zeros((*dy.shape[:2], H * W)).scatter_add(2, index, torch.where(inside, dy, 0).flatten(2))
+    return dx.unflatten(2, (H, W))
 
 
-def _indices(argmax: Tensor, at: Windows, plane: Pair) -> Tensor:
-    """h W + w of the places in windows that ``argmax`` names, int64."""
+def _places(argmax: Tensor, at: Windows, plane: Pair) -> tuple[Tensor, Tensor]:
+    """h and w of the places in windows that ``argmax`` names, int64."""
     H, W = plane
     KW, code = at.widest(1, W), argmax.long()
     r = code.div(KW, rounding_mode="floor")
-    start = at.starts(0, H, argmax)[:, None] * W + at.starts(1, W, argmax)
-    return start + code * at.dilation[1] + r * (at.dilation[0] * W - at.dilation[1] * KW)
+    return at.starts(0, H, argmax)[:, None] + r * at.dilation[0], at.starts(1, W, argmax) + (code - r * KW) * at.dilation[1]
 
 
 def _compute(x: Tensor, at: Windows, return_indices: bool) -> Any:
@@ -105,7 +105,8 @@ def _compute(x: Tensor, at: Windows, return_indices: bool) -> Any:
     y = y if x.dim() == 4 else y[0]
     if not return_indices:
         return y
-    indices = _indices(argmax, at, batch.shape[2:])
+    h, w = _places(argmax, at, batch.shape[2:])
+    indices = h * batch.shape[3] + w
     return y, indices if x.dim() == 4 else indices[0]
 
 

@@ -102,8 +102,8 @@ def regular(
                 raise (RuntimeError if -LIMIT**2 < value < LIMIT**2 else ValueError)(
                     f"{name}: {what} is {value}, needs to be at least {least} and less than 2^31"
                 )
-        if p > (a * (k - 1) + 1) // 2:
-            raise RuntimeError(f"{name}: padding is {p}, needs to be at most half of kernel_size {k} with dilation {a}")
+        if p > k // 2:
+            raise RuntimeError(f"{name}: padding is {p}, needs to be at most half of kernel_size, which is {k}")
         P = count(n, k, s, p, a, ceil_mode)
         if P < 1:
             raise RuntimeError(f"{name}: input has shape {tuple(x.shape)}, too small for kernel_size {k}, padding {p} and dilation {a}")
