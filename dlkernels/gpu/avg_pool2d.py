@@ -29,9 +29,9 @@ def avg_pool2d_forward(
     r0, r1 = offsets(p, H, P, kh, sh, ph, dh)
     s0, s1 = offsets(q, W, Q, kw, sw, pw, dw)
     acc = tl.zeros((BLOCK,), ACC)
-    for i in range(0, ROWS):
+    for i in range(ROWS):
         r = r0 + i
-        for j in range(0, COLUMNS):
+        for j in range(COLUMNS):
             s = s0 + j
             seen = inside & (r < r1) & (s < s1)
             acc += tl.load(x + offset(nc, top + r, left + s, C, H, W, CHANNELS_LAST), seen, 0.0).to(ACC)
@@ -50,11 +50,11 @@ def avg_pool2d_backward(
     at, inside, h, w, nc = place(N, C, H, W, CHANNELS_LAST, BLOCK)
     p0, q0 = first_seeing(h, H, P, kh, sh, ph, dh), first_seeing(w, W, Q, kw, sw, pw, dw)
     acc = tl.zeros((BLOCK,), ACC)
-    for i in range(0, ROWS):
+    for i in range(ROWS):
         p = p0 + i
         r = h - start(p, H, P, kh, sh, ph)
         in_row = inside & (p < P) & (r >= 0)
-        for j in range(0, COLUMNS):
+        for j in range(COLUMNS):
             q = q0 + j
             s = w - start(q, W, Q, kw, sw, pw)
             seen = in_row & (q < Q) & (s >= 0)
@@ -75,7 +75,16 @@ def forward(x: Tensor, P: int, Q: int, kernel: Ints, stride: Ints, padding: Ints
     x, y = x.contiguous(memory_format=form), empty(x, P, Q, form)
     if y.numel():
         sizes = N, C, *h.arguments, *w.arguments, h.steps, w.steps, divisor
-        launch(avg_pool2d_forward, grid(y), x, y, *sizes, PADDED=padded(include_pad, kernel), CHANNELS_LAST=form == torch.channels_last, BLOCK=BLOCK)
+        launch(
+            avg_pool2d_forward,
+            grid(y),
+            x,
+            y,
+            *sizes,
+            PADDED=padded(include_pad, kernel),
+            CHANNELS_LAST=form == torch.channels_last,
+            BLOCK=BLOCK,
+        )
     return y
 
 

@@ -1,7 +1,7 @@
 """max_pool2d on the GPU, regular or adaptive: a program per BLOCK results, see windows.py for how they lie and which windows see a place.
 
 v replaces the largest number so far where it is larger or NaN, in the order of rows: the first maximum, or the last NaN. The backward reads
-dy and argmax of the windows around its place, which its neighbours read too, and writes dx once. Memory decides, so there is nothing to tune.
+dy and argmax of the windows around its place, which its neighbours read too, and writes dx once. Memory decides: nothing is there to tune.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def max_pool2d_forward(
     r0, r1 = offsets(p, H, P, kh, sh, ph, dh)
     s0, s1 = offsets(q, W, Q, kw, sw, pw, dw)
     value, code = tl.full((BLOCK,), float("-inf"), ACC), (r0 * KW + s0).to(tl.int32)
-    for i in range(0, ROWS):
+    for i in range(ROWS):
         r = r0 + i
-        for j in range(0, COLUMNS):
+        for j in range(COLUMNS):
             s = s0 + j
             seen = inside & (r < r1) & (s < s1)
             v = tl.load(x + offset(nc, top + r * dh, left + s * dw, C, H, W, CHANNELS_LAST), seen, float("-inf")).to(ACC)
@@ -50,11 +50,11 @@ def max_pool2d_backward(
     at, inside, h, w, nc = place(N, C, H, W, CHANNELS_LAST, BLOCK)
     p0, q0 = first_seeing(h, H, P, kh, sh, ph, dh), first_seeing(w, W, Q, kw, sw, pw, dw)
     acc = tl.zeros((BLOCK,), ACC)
-    for i in range(0, ROWS):
+    for i in range(ROWS):
         p = p0 + i
         r = h - start(p, H, P, kh, sh, ph)
         in_row = inside & (p < P) & (r >= 0) & (r % dh == 0)
-        for j in range(0, COLUMNS):
+        for j in range(COLUMNS):
             q = q0 + j
             s = w - start(q, W, Q, kw, sw, pw)
             seen = in_row & (q < Q) & (s >= 0) & (s % dw == 0) & (s // dw < KW)

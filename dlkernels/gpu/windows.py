@@ -1,8 +1,8 @@
 """Where the windows of a pooling lie, on the GPU: what max_pool2d and avg_pool2d share.
 
-A program makes BLOCK neighbouring numbers of its result, in the order in which they lie in memory, contiguous or channels last. Forward, each
-walks over the places of its window; backward, each walks over the windows that may see it and takes what is its own: no atomics, the same
-bits on every run. Neighbouring lanes read neighbouring numbers in either format, or numbers ``stride`` apart, from the cache.
+A program makes BLOCK numbers of its result, neighbours in memory, contiguous or channels last. Forward, each walks over the places of its
+window; backward, each walks over the windows that may see it and takes what is its own: no atomics, the same bits on every run.
+ Neighbouring lanes read neighbouring numbers in either format, or numbers ``stride`` apart, from the cache.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import apply_function, define
-from ..contract import is_spread, needs_grad, on_shards, reference_gradients, require_tensors, without_kernel
+from ..contract import Optionals, is_spread, needs_grad, on_shards, reference_gradients, require_tensors, without_kernel
 from ..registry import Cost, Op, register
 from . import windows
 from .windows import Pair, Windows
@@ -56,13 +56,15 @@ class _AvgPool2d(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Tensor, Windows, bool, int], output: Tensor) -> None:
         x, ctx.windows, ctx.include_pad, ctx.divisor = inputs
         ctx.plane, ctx.channels_last = x.shape[2:], windows.is_channels_last(x)
+        ctx.save_for_backward(x.new_empty(0))  # the gradient needs no number of x; a graph that keeps nothing could be run again by mistake
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, dy: Tensor) -> Optionals:
+        _ = ctx.saved_tensors  # raises where the graph has been freed
         options = ctx.windows, ctx.include_pad, ctx.divisor
         if torch.is_grad_enabled():  # create_graph=True: differentiate the definition, which is linear, so any x will do
             x = dy.new_zeros(()).expand(*dy.shape[:2], *ctx.plane)
-            return *reference_gradients(_definition, (x, *options), (True, False, False, False), dy)[:1], None, None, None
+            return reference_gradients(_definition, (x, *options), (True, False, False, False), dy)
         return _backward(dy, *ctx.plane, *ctx.windows[1:4], *options[1:], ctx.channels_last), None, None, None
 
 

@@ -42,6 +42,7 @@ def _backward_fake(
     dy: Tensor, argmax: Tensor, H: int, W: int, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, channels_last: bool
 ) -> Tensor:
     torch._check(dy.shape == argmax.shape, lambda: f"dy has shape {tuple(dy.shape)}, argmax {tuple(argmax.shape)}")
+    torch._check(dy.device == argmax.device, lambda: f"dy is on {dy.device}, argmax on {argmax.device}")
     return windows.empty(dy, channels_last, H, W)
 
 
@@ -105,7 +106,7 @@ def _compute(x: Tensor, at: Windows, return_indices: bool) -> Any:
     y = y if x.dim() == 4 else y[0]
     if not return_indices:
         return y
-    h, w = _places(argmax, at, batch.shape[2:])
+    h, w = _places(argmax, at, (batch.shape[2], batch.shape[3]))
     indices = h * batch.shape[3] + w
     return y, indices if x.dim() == 4 else indices[0]
 
@@ -175,8 +176,9 @@ SAMPLES: list[dict[str, Any]] = [
     {"lead": (0, 3, 4, 4), "k": 2}, {"lead": (1, 1, 1, 1), "k": 1}, {"lead": (3, 5, 7), "k": 2}, {"lead": (2, 2, 7, 7), "k": 7},
     {"lead": (2, 3, 8, 10), "k": 2}, {"lead": (2, 3, 9, 11), "k": 3, "s": 2, "p": 1},
     {"lead": (2, 3, 9, 11), "k": 3, "s": 2, "p": 1, "channels_last": True}, {"lead": (2, 5, 9, 7), "k": (2, 3), "s": (1, 2), "ceil": True},
-    {"lead": (1, 2, 13, 17), "k": (3, 2), "s": (1, 3), "p": (1, 0), "d": (2, 1), "ceil": True}, {"lead": (3, 19, 70), "k": 3, "s": 1, "p": 1},
-    {"lead": (2, 67, 5, 6), "k": 3, "s": 2, "p": 1, "channels_last": True}, {"lead": (1, 1, 40, 41), "k": (17, 19), "s": 5, "p": 8},
+    {"lead": (1, 2, 13, 17), "k": (3, 2), "s": (1, 3), "p": (1, 0), "d": (2, 1), "ceil": True},
+    {"lead": (3, 19, 70), "k": 3, "s": 1, "p": 1}, {"lead": (2, 67, 5, 6), "k": 3, "s": 2, "p": 1, "channels_last": True},
+    {"lead": (1, 1, 40, 41), "k": (17, 19), "s": 5, "p": 8},
 ]  # fmt: skip
 BENCH: list[dict[str, Any]] = [
     {"lead": (8, 64, 112, 112), "k": 3, "s": 2, "p": 1}, {"lead": (8, 64, 112, 112), "k": 3, "s": 2, "p": 1, "channels_last": True},
