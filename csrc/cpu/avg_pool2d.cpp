@@ -42,11 +42,9 @@ template <class T> void forward_pixels(const Windows& k, const Divisors<compute_
                 for (int64_t r = h.first; r < h.last; r++)
                     for (int64_t s = w.first; s < w.last; s++) {
                         const T* pixel = image + r * row + (w.start + s) * k.C + c;
-#pragma GCC unroll 4
-                        for (int j = 0; j < M; j++) acc[j] += load(pixel + j * L, lanes);
+                        unrolled<M>([&](int j) INLINE { fetch(pixel + PIXELS_AHEAD * k.C + j * L), acc[j] += load(pixel + j * L, lanes); });
                     }
-#pragma GCC unroll 4
-                for (int j = 0; j < M; j++) store(to + c + j * L, acc[j] / (down * divisors.right[q]), lanes);
+                unrolled<M>([&](int j) INLINE { store(to + c + j * L, acc[j] / (down * divisors.right[q]), lanes); });
             });
         }
     });
@@ -67,20 +65,21 @@ template <class T> void backward_pixels(const Windows& k, const Divisors<compute
                     k.w.each_covering(columns[w], w, [&](int64_t q, int64_t) INLINE {
                         const T* from = dy + (image + p * k.w.out + q) * k.C + c;
                         C share = shares.down[p] * shares.right[q];
-#pragma GCC unroll 4
-                        for (int j = 0; j < M; j++) acc[j] += load(from + j * L, lanes) * share;
+                        unrolled<M>([&](int j) INLINE { acc[j] += load(from + j * L, lanes) * share; });
                     });
                 });
-#pragma GCC unroll 4
-                for (int j = 0; j < M; j++) store(dx + (i * k.w.in + w) * k.C + c + j * L, acc[j], lanes);
+                T* to = dx + (i * k.w.in + w) * k.C + c;
+                unrolled<M>([&](int j) INLINE { fetch<1>(to + PIXELS_AHEAD * k.C + j * L), store(to + j * L, acc[j], lanes); });
             });
     });
 }
 
 // The sum over x[begin, end).
-template <class C> inline C sum_along(const C* x, int64_t begin, int64_t end) {
-    vec<C> acc{};
-    for (; begin < end; begin += VL<C>) acc += load(x + begin, int(std::min<int64_t>(VL<C>, end - begin)));
+template <class T> inline compute_t<T> sum_along(const T* x, int64_t begin, int64_t end) {
+    constexpr int L = VL<compute_t<T>>;
+    vec<compute_t<T>> acc{};
+    for (; begin + L <= end; begin += L) acc += load(x + begin);
+    if (begin < end) acc += load(x + begin, int(end - begin));
     return sum(acc);
 }
 
@@ -96,14 +95,18 @@ template <class T> void forward_planes(const Windows& k, const Divisors<compute_
         for (Row at(i, P); i < end; i++, at++) {
             const Window h = k.h.window(at.row);
             const T* from = x + (at.plane * k.h.in + h.start + h.first) * W;
-            for (int64_t w = 0; w < W; w += L) {
+            const bool one = h.last - h.first == 1;
+            for (int64_t w = 0; w < W && !one; w += L) {
                 int lanes = std::min<int64_t>(L, W - w);
                 vec<C> acc{};
                 for (int64_t r = 0; r < h.last - h.first; r++) acc += load(from + r * W + w, lanes);
                 store(&sums[w], acc);
             }
-            if (in_strands) strands.split(sums.data(), row.data());
-            else for (int64_t q = 0; q < Q; q++) wide[q] = sum_along(&sums[columns[q].start], columns[q].first, columns[q].last);
+            auto along = [&](const auto* sums) {
+                if (in_strands) strands.split(sums, row.data());
+                else for (int64_t q = 0; q < Q; q++) wide[q] = sum_along(sums + columns[q].start, columns[q].first, columns[q].last);
+            };
+            one ? along(from) : along(sums.data());
             for (int64_t q = 0; q < Q; q += L) {
                 vec<C> acc{};
                 if (in_strands) for (int64_t from : strands.at) acc += load(&row[from + q]);
@@ -126,7 +129,7 @@ template <class T> void backward_planes(const Windows& k, const Divisors<compute
         std::vector<C> given(front + std::max(Q, strands.length) + L), row = strands.filled(0), wide(W + L);
         C* slope = &given[front];  // what each window of a row gives to a place in row h; zeros stand before and behind
         for (Row at(i, H); i < end; i++, at++) {
-            std::fill(slope, slope + Q, C(0));
+            fill(slope, Q, C(0));
             k.h.each_covering(rows[at.row], at.row, [&](int64_t p, int64_t) {
                 const T* from = dy + (at.plane * k.h.out + p) * Q;
                 for (int64_t q = 0; q < Q; q += L) {
@@ -143,7 +146,7 @@ template <class T> void backward_planes(const Windows& k, const Divisors<compute
                     }
                 strands.join(row.data(), dx + i * W);
             } else {
-                std::fill(wide.begin(), wide.end(), C(0));
+                fill(wide.data(), W, C(0));
                 for (int64_t q = 0; q < Q; q++)
                     for (int64_t w = columns[q].start + columns[q].first, stop = columns[q].start + columns[q].last; w < stop; w += L)
                         store(&wide[w], load(&wide[w]) + keep(set(slope[q]), int(std::min<int64_t>(L, stop - w))));

@@ -70,14 +70,15 @@ template <class T, class K> void forward_pixels(const Windows& k, const T* x, T*
                 for (int64_t r = h.first; r < h.last; r++)
                     for (int64_t s = w.first; s < w.last; s++) {
                         const T* pixel = image + r * down + w.start * k.C + s * right + c;
-#pragma GCC unroll 4
-                        for (int j = 0; j < M; j++) best[j].see(load(pixel + j * L, lanes), all<C>(r * KW + s));
+                        unrolled<M>([&](int j) INLINE {
+                            fetch(pixel + PIXELS_AHEAD * k.C + j * L);
+                            best[j].see(load(pixel + j * L, lanes), all<C>(r * KW + s));
+                        });
                     }
-#pragma GCC unroll 4
-                for (int j = 0; j < M; j++) {
+                unrolled<M>([&](int j) INLINE {
                     store(y + at + c + j * L, best[j].value, lanes);
                     if (argmax) store_codes(argmax + at + c + j * L, best[j].code, lanes);
-                }
+                });
             });
         }
     });
@@ -98,13 +99,15 @@ template <class T, class K> void backward_pixels(const Windows& k, const T* dy, 
                 k.h.each_covering(rows, h, [&](int64_t p, int64_t r) INLINE {
                     k.w.each_covering(columns[w], w, [&](int64_t q, int64_t s) INLINE {
                         int64_t at = (image + p * k.w.out + q) * k.C + c;
-#pragma GCC unroll 4
-                        for (int j = 0; j < M; j++)
-                            acc[j] += load_codes<C>(argmax + at + j * L, lanes) == all<C>(r * KW + s) ? load(dy + at + j * L, lanes) : vec<C>{};
+                        unrolled<M>([&](int j) INLINE {
+                            fetch(dy + at + PIXELS_AHEAD * k.C + j * L);
+                            vec<C> slope = load(dy + at + j * L, lanes);
+                            acc[j] += load_codes<C>(argmax + at + j * L, lanes) == all<C>(r * KW + s) ? slope : vec<C>{};
+                        });
                     });
                 });
-#pragma GCC unroll 4
-                for (int j = 0; j < M; j++) store(dx + (i * k.w.in + w) * k.C + c + j * L, acc[j], lanes);
+                T* to = dx + (i * k.w.in + w) * k.C + c;
+                unrolled<M>([&](int j) INLINE { fetch<1>(to + PIXELS_AHEAD * k.C + j * L), store(to + j * L, acc[j], lanes); });
             });
     });
 }
@@ -124,7 +127,7 @@ template <class T, class K> void forward_strands(const Windows& k, const T* x, T
         std::vector<I> code(padded);
         for (Row at(i, P); i < end; i++, at++) {
             const Window h = k.h.window(at.row);
-            std::fill(value.begin(), value.end(), LOWEST<C>);
+            fill(value.data(), Q, LOWEST<C>);
             for (int64_t q = 0; q < Q; q += L) store_raw(&code[q], load_raw<vec<I>>(&first[q]) + all<C>(h.first * KW));
             for (int64_t r = h.first; r < h.last; r++) {
                 strands.split(x + (at.plane * k.h.in + h.start + r * k.h.dilation) * W, row.data());
@@ -220,7 +223,7 @@ template <class T, class K> void backward_wide(const Windows& k, const T* dy, co
     parallel(k.N * k.C * H, [&](int64_t i, int64_t end) {
         std::vector<C> row(ceil_div(W, L) * L);
         for (Row at(i, H); i < end; i++, at++) {
-            std::fill(row.begin(), row.end(), C(0));
+            fill(row.data(), W, C(0));
             k.h.each_covering(rows[at.row], at.row, [&](int64_t p, int64_t r) {
                 int64_t from = (at.plane * k.h.out + p) * Q;
                 for (int64_t q = 0; q < Q; q++) {

@@ -144,7 +144,9 @@ template <class C> struct Strands {
 
 // ---- channels last: rows of pixels, vectors over channels ----------------------------------------------------------------------------
 
-constexpr int GROUP = 4;  // vectors of channels that are in registers together
+constexpr int GROUP = 4;       // vectors of channels that are in registers together
+constexpr int64_t PIXELS_AHEAD = 16;  // pixels from the one in hand to the one that is fetched: windows jump from row to row, which is not foreseen
+template <int WRITE = 0> INLINE inline void fetch(const void* p) { __builtin_prefetch(p, WRITE, 3); }
 
 // body(row, c, end) in parallel for rows of pixels: all their channels at once, or, where rows are few, a group of them.
 template <int WIDTH, class Body> void each_row_of_pixels(const Windows& k, int64_t rows, const Body& body) {
@@ -154,12 +156,22 @@ template <int WIDTH, class Body> void each_row_of_pixels(const Windows& k, int64
     }, k.serial());
 }
 
+// p[0, n) and what is left of the last vector, for which there must be room.
+template <class C> inline void fill(C* p, int64_t n, C with) {
+    for (int64_t i = 0; i < n; i += VL<C>) store(p + i, set(with));
+}
+
 // Counts through the rows of planes.
 struct Row {
     int64_t plane, row, rows;
     Row(int64_t i, int64_t rows) : plane(i / rows), row(i % rows), rows(rows) {}
     void operator++(int) { if (++row == rows) plane++, row = 0; }
 };
+
+// f(0), ..., f(M - 1), written out, so that arrays over them are registers.
+template <int M, class F> INLINE inline void unrolled(const F& f) {
+    [&]<int... J>(std::integer_sequence<int, J...>) INLINE { (f(J), ...); }(std::make_integer_sequence<int, M>{});
+}
 
 // f(n, c, lanes) for channels [c, end): n vectors from c on, known to the compiler; lanes < VL only for the last.
 template <int L, class F> INLINE inline void each_group(int64_t c, int64_t end, const F& f) {
