@@ -1,4 +1,4 @@
-// avg_pool2d, regular or adaptive: y[p,q] = the sum over a window / its divisor; dx[h,w] = the sum of dy / divisor over the windows that see it.
+// avg_pool2d, regular or adaptive: y[p,q] = the sum over a window / its divisor; dx[h,w] = Σ dy / divisor over the windows that see it.
 //
 //   divisor    how many places a window has, with or without those in the padding, or the same given number for all: a product of one
 //              number for the row of windows and one for the column
@@ -91,7 +91,7 @@ template <class T> void forward_planes(const Windows& k, const Divisors<compute_
     const std::vector<Window> columns = k.w.all();
     const int64_t P = k.h.out, Q = k.w.out, W = k.w.in;
     parallel(k.N * k.C * P, [&](int64_t i, int64_t end) {
-        std::vector<C> sums(ceil_div(W, L) * L), row = strands.filled(0), wide(Q + L);
+        std::vector<C> sums(ceil_div(W, L) * L), row = strands.filled(), wide(Q + L);
         for (Row at(i, P); i < end; i++, at++) {
             const Window h = k.h.window(at.row);
             const T* from = x + (at.plane * k.h.in + h.start + h.first) * W;
@@ -126,7 +126,7 @@ template <class T> void backward_planes(const Windows& k, const Divisors<compute
     const std::vector<Range> rows = k.h.coverings();
     const int64_t H = k.h.in, W = k.w.in, Q = k.w.out, front = strands.shift;
     parallel(k.N * k.C * H, [&](int64_t i, int64_t end) {
-        std::vector<C> given(front + std::max(Q, strands.length) + L), row = strands.filled(0), wide(W + L);
+        std::vector<C> given(front + std::max(Q, strands.length) + L), row = strands.filled(), wide(W + L);
         C* slope = &given[front];  // what each window of a row gives to a place in row h; zeros stand before and behind
         for (Row at(i, H); i < end; i++, at++) {
             fill(slope, Q, C(0));

@@ -118,12 +118,12 @@ template <class T, class K> void forward_strands(const Windows& k, const T* x, T
     using C = compute_t<T>;
     using I = ints<C>;
     constexpr int L = VL<C>;
-    const Strands<C> strands(k.w);
+    const Strands<C> strands(k.w, LOWEST<C>);
     const int64_t P = k.h.out, Q = k.w.out, W = k.w.in, KW = k.w.widest(), padded = ceil_div(Q, L) * L;
     std::vector<I> first(padded);  // offset of the first column that a window sees
     for (int64_t q = 0; q < Q; q++) first[q] = k.w.window(q).first;
     parallel(k.N * k.C * P, [&](int64_t i, int64_t end) {
-        std::vector<C> row = strands.filled(LOWEST<C>), value(padded);
+        std::vector<C> row = strands.filled(), value(padded);
         std::vector<I> code(padded);
         for (Row at(i, P); i < end; i++, at++) {
             const Window h = k.h.window(at.row);
@@ -148,13 +148,14 @@ template <class T, class K> void forward_strands(const Windows& k, const T* x, T
 
 template <class T, class K> void backward_strands(const Windows& k, const T* dy, const K* argmax, T* dx) {
     using C = compute_t<T>;
+    using I = ints<C>;
     constexpr int L = VL<C>;
     const Strands<C> strands(k.w);
     const std::vector<Range> rows = k.h.coverings();
     const int64_t H = k.h.in, Q = k.w.out, KW = k.w.widest(), front = strands.shift, padded = front + strands.length + L;
     parallel(k.N * k.C * H, [&](int64_t i, int64_t end) {
-        std::vector<C> row = strands.filled(0), slope;  // slope and code of the rows of windows that see row h; zeros before and behind
-        std::vector<K> code;
+        std::vector<C> row = strands.filled(), slope;  // slope and code of the rows of windows that see row h; zeros before and behind
+        std::vector<I> code;
         std::vector<int64_t> number;  // in the window, of row h's first column
         for (Row at(i, H); i < end; i++, at++) {
             number.clear();
@@ -162,8 +163,10 @@ template <class T, class K> void backward_strands(const Windows& k, const T* dy,
                 int64_t from = (at.plane * k.h.out + p) * Q, to = int64_t(number.size()) * padded + front;
                 number.push_back(r * KW);
                 if (int64_t(slope.size()) < to + padded) slope.resize(to + padded), code.resize(to + padded);
-                for (int64_t q = 0; q < Q; q += L) store(&slope[to + q], load(dy + from + q, int(std::min<int64_t>(L, Q - q))));
-                std::copy_n(argmax + from, Q, &code[to]);
+                for (int64_t q = 0; q < Q; q += L) {
+                    int lanes = std::min<int64_t>(L, Q - q);
+                    store(&slope[to + q], load(dy + from + q, lanes)), store_raw(&code[to + q], load_codes<C>(argmax + from + q, lanes));
+                }
             });
             for (int64_t f = 0; f < strands.stride; f++)
                 for (int64_t j = 0; j < strands.used; j += L) {
@@ -171,7 +174,7 @@ template <class T, class K> void backward_strands(const Windows& k, const T* dy,
                     for (size_t n = 0; n < number.size(); n++)
                         for (int64_t s : strands.offsets[f]) {
                             int64_t from = n * padded + front + j - strands.place(s);
-                            acc += load_codes<C>(&code[from], L) == all<C>(number[n] + s) ? load(&slope[from]) : vec<C>{};
+                            acc += load_raw<vec<I>>(&code[from]) == all<C>(number[n] + s) ? load(&slope[from]) : vec<C>{};
                         }
                     store(&row[f * strands.length + j], acc);
                 }
@@ -281,7 +284,8 @@ Tensor max_pool2d_backward(Tensor dy, Tensor argmax, int64_t H, int64_t W, Ints 
         with_codes(k, [&](auto code) {
             auto run = channels_last ? backward_pixels<T, decltype(code)>
                 : k.in_strands(VL<compute_t<T>>) ? backward_strands<T, decltype(code)> : backward_wide<T, decltype(code)>;
-            run(k, static_cast<const T*>(slopes.data_ptr()), static_cast<const decltype(code)*>(codes.data_ptr()), static_cast<T*>(dx.data_ptr()));
+            run(k, static_cast<const T*>(slopes.data_ptr()), static_cast<const decltype(code)*>(codes.data_ptr()),
+                static_cast<T*>(dx.data_ptr()));
         });
     });
     return dx;

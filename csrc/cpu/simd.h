@@ -97,6 +97,7 @@ template <class V, class T> inline V load_raw(const T* p, int n) {
     if constexpr (sizeof(V) == 64 && sizeof(T) == 8) return bits_as<V>(_mm512_maskz_loadu_epi64((1u << n) - 1, p));
     if constexpr (sizeof(V) == 32 && sizeof(T) == 2) return bits_as<V>(_mm256_maskz_loadu_epi16((1u << n) - 1, p));
     if constexpr (sizeof(V) == 64 && sizeof(T) == 2) return bits_as<V>(_mm512_maskz_loadu_epi16((1ull << n) - 1, p));
+    if constexpr (sizeof(V) == 16 && sizeof(T) == 1) return bits_as<V>(_mm_maskz_loadu_epi8((1u << n) - 1, p));
 #endif
     V v{};
     memcpy(&v, p, n * sizeof(T));
@@ -108,6 +109,7 @@ template <class V, class T> inline void store_raw(T* p, V v, int n) {
     if constexpr (sizeof(V) == 64 && sizeof(T) == 4) return _mm512_mask_storeu_epi32(p, (1u << n) - 1, bits_as<__m512i>(v));
     if constexpr (sizeof(V) == 64 && sizeof(T) == 8) return _mm512_mask_storeu_epi64(p, (1u << n) - 1, bits_as<__m512i>(v));
     if constexpr (sizeof(V) == 32 && sizeof(T) == 2) return _mm256_mask_storeu_epi16(p, (1u << n) - 1, bits_as<__m256i>(v));
+    if constexpr (sizeof(V) == 16 && sizeof(T) == 1) return _mm_mask_storeu_epi8(p, (1u << n) - 1, bits_as<__m128i>(v));
 #endif
     memcpy(p, &v, n * sizeof(T));
 }

@@ -4,9 +4,9 @@
 //   Windows    both axes, the batch and the memory format: contiguous (planes of H x W) or channels last (pixels of C numbers)
 //   Strands    a padded row cut so that what neighbouring windows see lies side by side: vectors over the windows of a row
 //
-// padded row, padding 1, stride 2:    . x0 x1 x2 x3 x4 .          window q sees offset s at strand (s d) % stride, place q + (s d) / stride:
-//   strand 0                          .    x1    x3    .          s = 0 and, one place further, s = 2
-//   strand 1                            x0    x2    x4            s = 1
+// A padded row, padding 1, stride 2:    . x0 x1 x2 x3 x4 .        window q sees offset s in strand (s d) % stride at q + (s d) / stride:
+//   strand 0                            .    x1    x3    .        s = 0 and, one place further, s = 2
+//   strand 1                              x0    x2    x4          s = 1
 #pragma once
 #include <algorithm>
 #include <vector>
@@ -78,8 +78,12 @@ struct Windows {
 };
 
 // Lanes 0, 2, 4, ... of a followed by b, or 1, 3, 5, ...; and a and b lane by lane in turns, first or second half.
-template <class V, int... L> inline V even(V a, V b, std::integer_sequence<int, L...>) { return __builtin_shufflevector(a, b, (2 * L)...); }
-template <class V, int... L> inline V odd(V a, V b, std::integer_sequence<int, L...>) { return __builtin_shufflevector(a, b, (2 * L + 1)...); }
+template <class V, int... L> inline V even(V a, V b, std::integer_sequence<int, L...>) {
+    return __builtin_shufflevector(a, b, (2 * L)...);
+}
+template <class V, int... L> inline V odd(V a, V b, std::integer_sequence<int, L...>) {
+    return __builtin_shufflevector(a, b, (2 * L + 1)...);
+}
 template <int HALF, class V, int... L> inline V zip(V a, V b, std::integer_sequence<int, L...>) {
     constexpr int n = sizeof...(L);
     return __builtin_shufflevector(a, b, (L / 2 + HALF * n / 2 + L % 2 * n)...);
@@ -89,33 +93,34 @@ template <class C> struct Strands {
     using V = vec<C>;
     static constexpr int L = VL<C>;
     static constexpr std::make_integer_sequence<int, L> lanes{};
-    int64_t in, stride, padding, kernel, shift;  // places from offset 0 to the last one of a window
-    int64_t length, used;                       // of a strand: room for vectors, and what the row needs
-    std::vector<int64_t> at;                             // where window 0 sees offset s
-    std::vector<std::vector<int64_t>> offsets;           // those that lie in strand f
+    C outside;                                    // what stands in the padding
+    int64_t in, stride, padding, kernel, shift;   // shift: places from offset 0 to the last one of a window
+    int64_t used, length;                         // of a strand: what the row needs, and room for whole vectors
+    std::vector<int64_t> at;                      // where window 0 sees offset s
+    std::vector<std::vector<int64_t>> offsets;    // those that lie in strand f
 
-    explicit Strands(const Axis& w)
-        : in(w.in), stride(w.out > 1 ? w.stride : 1), padding(w.padding), kernel(w.kernel), shift((kernel - 1) * w.dilation / stride),
-          offsets(stride) {
+    explicit Strands(const Axis& w, C outside = 0)
+        : outside(outside), in(w.in), stride(w.out > 1 ? w.stride : 1), padding(w.padding), kernel(w.kernel),
+          shift((kernel - 1) * w.dilation / stride), offsets(stride) {
         used = (in + padding) / stride + 1, length = std::max(w.out + shift, used) + 2 * L;
         for (int64_t s = 0; s < kernel; s++) {
             int64_t f = s * w.dilation % stride;
             at.push_back(f * length + s * w.dilation / stride), offsets[f].push_back(s);
         }
     }
-    std::vector<C> filled(C with) const { return std::vector<C>(stride * length, with); }
+    std::vector<C> filled() const { return std::vector<C>(stride * length, outside); }
     int64_t place(int64_t s) const { return at[s] % length; }
 
-    // Row x[in] to the strands; what lies in the padding stays as it is.
+    // Row x[in] to the strands. Whole vectors are stored, which the next loads get before they have reached the cache.
     template <class T> void split(const T* x, C* to) const {
         if (stride == 1) {
-            for (int64_t w = 0; w < in; w += L) store(to + padding + w, load(x + w, rest(w)), rest(w));
+            for (int64_t w = 0; w < in; w += L) store(to + padding + w, first(load(x + w, rest(w)), rest(w)));
         } else if (stride == 2) {
             int64_t w = padding % 2;
             if (w) to[length + padding / 2] = load(x, 1)[0];
             for (C* p = to + (w + padding) / 2; w < in; w += 2 * L, p += L) {
                 V a = load(x + w, rest(w)), b = load(x + w + L, rest(w + L));
-                store(p, even(a, b, lanes), rest(w, 2)), store(p + length, odd(a, b, lanes), rest(w + 1, 2));
+                store(p, first(even(a, b, lanes), rest(w, 2))), store(p + length, first(odd(a, b, lanes), rest(w + 1, 2)));
             }
         } else {
             for (int64_t w = 0; w < in; w++) to[(w + padding) % stride * length + (w + padding) / stride] = load(x + w, 1)[0];
@@ -138,6 +143,7 @@ template <class C> struct Strands {
     }
 
   private:
+    V first(V v, int n) const { return n >= L ? v : lane_numbers<C>() < ints<C>(n) ? v : set(outside); }
     // How many of a vector's lanes take columns w, w + step, ... of the row.
     int rest(int64_t w, int64_t step = 1) const { return std::clamp<int64_t>(ceil_div(in - w, step), 0, L); }
 };
@@ -145,7 +151,7 @@ template <class C> struct Strands {
 // ---- channels last: rows of pixels, vectors over channels ----------------------------------------------------------------------------
 
 constexpr int GROUP = 4;       // vectors of channels that are in registers together
-constexpr int64_t PIXELS_AHEAD = 16;  // pixels from the one in hand to the one that is fetched: windows jump from row to row, which is not foreseen
+constexpr int64_t PIXELS_AHEAD = 16;  // from the one in hand to the one that is fetched: jumps from row to row are not foreseen
 template <int WRITE = 0> INLINE inline void fetch(const void* p) { __builtin_prefetch(p, WRITE, 3); }
 
 // body(row, c, end) in parallel for rows of pixels: all their channels at once, or, where rows are few, a group of them.
@@ -191,15 +197,15 @@ inline Axis checked_axis(const char* op, const char* name, int64_t in, int64_t o
     if (in < 1 || in >= LIMIT || out < 1 || out >= LIMIT)
         fail(op, ": ", name, " of input and output is ", in, " and ", out, ", needs at least 1 and less than 2^31 of each");
     for (int64_t n : {axis.kernel, axis.stride, axis.padding, axis.dilation})
-        if (n < 0 || n >= LIMIT) fail(op, ": kernel_size, stride, padding and dilation need to be less than 2^31 and not negative, got ", n);
+        if (n < 0 || n >= LIMIT) fail(op, ": kernel_size, stride, padding and dilation need to be from 0 to 2^31 - 1, got ", n);
     if (!axis.regular()) {
         if (axis.stride != 1 || axis.padding != 0 || axis.dilation != 1)
             fail(op, ": kernel_size 0, for adaptive windows, needs stride 1, padding 0 and dilation 1");
         if (in % out == 0) axis.kernel = axis.stride = in / out;
         return axis;
     }
-    if (axis.stride < 1 || axis.dilation < 1) fail(op, ": stride and dilation need to be at least 1, got ", axis.stride, " and ", axis.dilation);
-    if (2 * axis.padding > axis.kernel) fail(op, ": padding is ", axis.padding, ", needs to be at most half of kernel_size ", axis.kernel);
+    if (axis.stride < 1 || axis.dilation < 1) fail(op, ": stride is ", axis.stride, ", dilation ", axis.dilation, ", need to be at least 1");
+    if (2 * axis.padding > axis.kernel) fail(op, ": padding is ", axis.padding, ", more than half of kernel_size ", axis.kernel);
     if ((out - 1) * axis.stride >= in + axis.padding) fail(op, ": the last of ", out, " windows would begin behind the ", name, " ", in);
     return axis;
 }
@@ -211,7 +217,7 @@ inline Windows checked_windows(const char* op, const Format& format, int64_t N, 
     Windows k = {format, N, C, checked_axis(op, "height", in[0], out[0], g, 0), checked_axis(op, "width", in[1], out[1], g, 1)};
     if ((g.kernel[0] == 0) != (g.kernel[1] == 0)) fail(op, ": kernel_size needs to be 0 for both dimensions or for none");
     if (in[0] * in[1] >= LIMIT || k.h.widest() * k.w.widest() >= LIMIT)
-        fail(op, ": a plane of ", in[0], " x ", in[1], " in windows of ", k.h.widest(), " x ", k.w.widest(), ", needs less than 2^31 places in each");
+        fail(op, ": a plane of ", in[0], " x ", in[1], " in windows of ", k.h.widest(), " x ", k.w.widest(), ", needs less than 2^31 in each");
     // A window of whole rows is a window of one long row.
     bool whole_rows = k.h.regular() && k.w.kernel == in[1] && k.w.padding == 0 && k.h.dilation == 1 && k.w.dilation == 1;
     if (whole_rows && !k.channels_last()) {
