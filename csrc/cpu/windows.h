@@ -204,7 +204,7 @@ inline Axis checked_axis(const char* op, const char* name, int64_t in, int64_t o
         if (in % out == 0) axis.kernel = axis.stride = in / out;
         return axis;
     }
-    if (axis.stride < 1 || axis.dilation < 1) fail(op, ": stride is ", axis.stride, ", dilation ", axis.dilation, ", need to be at least 1");
+    if (axis.stride < 1 || axis.dilation < 1) fail(op, ": stride is ", axis.stride, ", dilation ", axis.dilation, ", need 1 or more");
     if (2 * axis.padding > axis.kernel) fail(op, ": padding is ", axis.padding, ", more than half of kernel_size ", axis.kernel);
     if ((out - 1) * axis.stride >= in + axis.padding) fail(op, ": the last of ", out, " windows would begin behind the ", name, " ", in);
     return axis;
@@ -217,7 +217,7 @@ inline Windows checked_windows(const char* op, const Format& format, int64_t N, 
     Windows k = {format, N, C, checked_axis(op, "height", in[0], out[0], g, 0), checked_axis(op, "width", in[1], out[1], g, 1)};
     if ((g.kernel[0] == 0) != (g.kernel[1] == 0)) fail(op, ": kernel_size needs to be 0 for both dimensions or for none");
     if (in[0] * in[1] >= LIMIT || k.h.widest() * k.w.widest() >= LIMIT)
-        fail(op, ": a plane of ", in[0], " x ", in[1], " in windows of ", k.h.widest(), " x ", k.w.widest(), ", needs less than 2^31 in each");
+        fail(op, ": a plane of ", in[0], " x ", in[1], " in windows of ", k.h.widest(), " x ", k.w.widest(), ", needs less than 2^31 each");
     // A window of whole rows is a window of one long row.
     bool whole_rows = k.h.regular() && k.w.kernel == in[1] && k.w.padding == 0 && k.h.dilation == 1 && k.w.dilation == 1;
     if (whole_rows && !k.channels_last()) {
