@@ -91,7 +91,7 @@ template <class T> void forward_planes(const Windows& k, const Divisors<compute_
     const std::vector<Window> columns = k.w.all();
     const int64_t P = k.h.out, Q = k.w.out, W = k.w.in;
     parallel(k.N * k.C * P, [&](int64_t i, int64_t end) {
-        std::vector<C> sums(ceil_div(W, L) * L), row = strands.filled(), wide(Q + L);
+        std::vector<C> sums(ceil_div(W, L) * L), row = strands.filled();
         for (Row at(i, P); i < end; i++, at++) {
             const Window h = k.h.window(at.row);
             const T* from = x + (at.plane * k.h.in + h.start + h.first) * W;
@@ -103,14 +103,16 @@ template <class T> void forward_planes(const Windows& k, const Divisors<compute_
                 store(&sums[w], acc);
             }
             auto along = [&](const auto* sums) {
-                if (in_strands) strands.split(sums, row.data());
-                else for (int64_t q = 0; q < Q; q++) wide[q] = sum_along(sums + columns[q].start, columns[q].first, columns[q].last);
+                if (in_strands) return strands.split(sums, row.data());
+                for (int64_t q = 0; q < Q; q++) {
+                    C sum = sum_along(sums + columns[q].start, columns[q].first, columns[q].last);
+                    store(y + i * Q + q, set(sum / (divisors.down[at.row] * divisors.right[q])), 1);
+                }
             };
             one ? along(from) : along(sums.data());
-            for (int64_t q = 0; q < Q; q += L) {
+            for (int64_t q = 0; q < Q && in_strands; q += L) {
                 vec<C> acc{};
-                if (in_strands) for (int64_t from : strands.at) acc += load(&row[from + q]);
-                else acc = load(&wide[q]);
+                for (int64_t from : strands.at) acc += load(&row[from + q]);
                 store(y + i * Q + q, acc / (divisors.down[at.row] * load(&divisors.right[q])), int(std::min<int64_t>(L, Q - q)));
             }
         }

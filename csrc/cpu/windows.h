@@ -182,6 +182,7 @@ template <int M, class F> INLINE inline void unrolled(const F& f) {
 // f(n, c, lanes) for channels [c, end): n vectors from c on, known to the compiler; lanes < VL only for the last.
 template <int L, class F> INLINE inline void each_group(int64_t c, int64_t end, const F& f) {
     for (; c + GROUP * L <= end; c += GROUP * L) f(std::integral_constant<int, GROUP>{}, c, L);
+    for (; c + 2 * L <= end; c += 2 * L) f(std::integral_constant<int, 2>{}, c, L);
     for (; c < end; c += L) f(std::integral_constant<int, 1>{}, c, int(std::min<int64_t>(L, end - c)));
 }
 
