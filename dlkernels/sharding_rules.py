@@ -193,6 +193,22 @@ def batch_norm(
 
 
 @rule
+def pool2d(function: Callable[..., Any], input: Tensor, *options: Any) -> Any:
+    """Planes may be shared out, not cut."""
+    layouts = _cut(input.shape, range(input.dim() - 2), "input", name="planes")
+
+    def part(plan: Plan, x: Tensor) -> Any:
+        channels = x.dim() - 3
+        if x.dim() < 3 or x.shape[channels] or not any(plan.split):
+            return function(x, *options)
+        more = [1 if d == channels else n for d, n in enumerate(x.shape)]  # torch refuses to have no channel
+        y = function(torch.cat([x, x.new_zeros(more)], channels), *options)
+        return tuple(t.narrow(channels, 0, 0) for t in y) if isinstance(y, tuple) else y.narrow(channels, 0, 0)
+
+    return run(function.__name__, {"input": input}, layouts, lambda x: function(x, *options), part)
+
+
+@rule
 def loss(
     function: partial[Tensor], input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, reduction: int
 ) -> Tensor:

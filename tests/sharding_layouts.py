@@ -148,6 +148,24 @@ def batch_norm(mesh: DeviceMesh) -> None:
 
 
 @case
+def pooling(mesh: DeviceMesh) -> None:
+    """Planes are shared out by batch or by channels, also where a process gets none; cut planes are gathered."""
+    functions = (
+        lambda x: F.max_pool2d(x, 3, 2, 1), lambda x: F.avg_pool2d(x, 2), lambda x: F.adaptive_max_pool2d(x, 2),
+        lambda x: F.adaptive_avg_pool2d(x, (None, 2)), lambda x: F.max_pool2d(x, 2, return_indices=True)[0],
+    )  # fmt: skip
+    for function in functions:
+        for shape in ((3, 2, 5, 4), (1, 3, 4, 4), (2, 1, 4, 4), (3, 5, 4)):
+            x = randn(*shape)
+            for d in range(len(shape)):
+                compare(mesh, function, (x,), (Shard(d),), Shard(d) if d < len(shape) - 2 else None)
+    x = randn(3, 2, 5, 4)
+    found, wanted = F.max_pool2d(spread(mesh, x, Shard(1)), 2, return_indices=True)[1], F.max_pool2d(x, 2, return_indices=True)[1]
+    assert found.placements == (Shard(1),) and torch.equal(found.full_tensor(), wanted)
+    refused(lambda: F.max_pool2d(spread(mesh, x, Shard(0)), 7), "too small")
+
+
+@case
 def losses_of_labels(mesh: DeviceMesh) -> None:
     """Rows that cannot be shared out evenly, one process without a label that counts, and weights."""
     for M in (1, 2, 5):

@@ -93,6 +93,7 @@ inline int64_t element_size(ScalarType dtype) {
         case ScalarType::Int: return 4;
         case ScalarType::BFloat16:
         case ScalarType::Half: return 2;
+        case ScalarType::Byte: return 1;
         default: fail("a result cannot have dtype ", toString(dtype));
     }
 }

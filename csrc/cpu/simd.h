@@ -97,6 +97,7 @@ template <class V, class T> inline V load_raw(const T* p, int n) {
     if constexpr (sizeof(V) == 64 && sizeof(T) == 8) return bits_as<V>(_mm512_maskz_loadu_epi64((1u << n) - 1, p));
     if constexpr (sizeof(V) == 32 && sizeof(T) == 2) return bits_as<V>(_mm256_maskz_loadu_epi16((1u << n) - 1, p));
     if constexpr (sizeof(V) == 64 && sizeof(T) == 2) return bits_as<V>(_mm512_maskz_loadu_epi16((1ull << n) - 1, p));
+    if constexpr (sizeof(V) == 16 && sizeof(T) == 1) return bits_as<V>(_mm_maskz_loadu_epi8((1u << n) - 1, p));
 #endif
     V v{};
     memcpy(&v, p, n * sizeof(T));
@@ -108,6 +109,7 @@ template <class V, class T> inline void store_raw(T* p, V v, int n) {
     if constexpr (sizeof(V) == 64 && sizeof(T) == 4) return _mm512_mask_storeu_epi32(p, (1u << n) - 1, bits_as<__m512i>(v));
     if constexpr (sizeof(V) == 64 && sizeof(T) == 8) return _mm512_mask_storeu_epi64(p, (1u << n) - 1, bits_as<__m512i>(v));
     if constexpr (sizeof(V) == 32 && sizeof(T) == 2) return _mm256_mask_storeu_epi16(p, (1u << n) - 1, bits_as<__m256i>(v));
+    if constexpr (sizeof(V) == 16 && sizeof(T) == 1) return _mm_mask_storeu_epi8(p, (1u << n) - 1, bits_as<__m128i>(v));
 #endif
     memcpy(p, &v, n * sizeof(T));
 }
@@ -146,21 +148,17 @@ inline vec<uint64_t> multiply_low(vec<uint64_t> a, vec<uint64_t> b) {
 
 // ---- half precision ------------------------------------------------------------------------------------------------------------
 
-// 16 bits to 32 and back: the compiler's own conversion takes six instructions for each of these.
-inline vec<uint32_t> lengthen(halves h) {
+// 16 bits to 32 and back, and 8 to 32: the compiler's own conversion takes six instructions for each of these.
+typedef uint8_t bytes __attribute__((vector_size(VECTOR_BYTES / 4)));  // VL<float> of them
 #if defined(__AVX512F__)
-    return bits_as<vec<uint32_t>>(_mm512_maskz_cvtepu16_epi32(0xffff, bits_as<__m256i>(h)));
+inline vec<uint32_t> lengthen(halves h) { return bits_as<vec<uint32_t>>(_mm512_maskz_cvtepu16_epi32(0xffff, bits_as<__m256i>(h))); }
+inline vec<uint32_t> lengthen(bytes b) { return bits_as<vec<uint32_t>>(_mm512_maskz_cvtepu8_epi32(0xffff, bits_as<__m128i>(b))); }
+inline halves shorten(vec<uint32_t> u) { return bits_as<halves>(_mm512_maskz_cvtepi32_epi16(0xffff, bits_as<__m512i>(u))); }
 #else
-    return __builtin_convertvector(h, vec<uint32_t>);
+inline vec<uint32_t> lengthen(halves h) { return __builtin_convertvector(h, vec<uint32_t>); }
+inline vec<uint32_t> lengthen(bytes b) { return lengthen(__builtin_convertvector(b, halves)); }
+inline halves shorten(vec<uint32_t> u) { return __builtin_convertvector(u, halves); }
 #endif
-}
-inline halves shorten(vec<uint32_t> u) {
-#if defined(__AVX512F__)
-    return bits_as<halves>(_mm512_maskz_cvtepi32_epi16(0xffff, bits_as<__m512i>(u)));
-#else
-    return __builtin_convertvector(u, halves);
-#endif
-}
 inline vec<float> widen(halves h, bf16) { return bits_as<vec<float>>(lengthen(h) << 16); }
 inline halves narrow(vec<float> v, bf16) {  // round to nearest even; a NaN stays one
 #if defined(__AVX512BF16__) && defined(__AVX512DQ__)

@@ -25,8 +25,8 @@ from . import conv2d_depthwise, conv2d_product, linear
 from .activations import DERIVATIVES, LEAKY_RELU
 from .channels import place, view_of
 from .config import ceil_div
+from .conv2d_windows import Windows, windows_of
 from .launch import check_tensor, launch
-from .windows import Windows, windows_of
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from ..contract import statistics_dtype
 from .activations import EPILOGUES, LEAKY_RELU
 from .config import ceil_div
+from .conv2d_windows import Windows, advance, exists, layout, place, positions
 from .launch import launch
-from .windows import Windows, advance, exists, layout, place, positions
 
 TILE, CHANNELS, TILES = 1024, 64, 4  # numbers of a tile, channels of a channels_last one, tiles of a share
 

@@ -36,10 +36,10 @@ from torch import Tensor
 from .activations import EPILOGUES, LEAKY_RELU, identity
 from .config import ceil_div, kind_of
 from .conv2d_tiles import FEW, count_of, few_channels, most_of, shared, stepped, tile_of
+from .conv2d_windows import Windows, advance, exists, layout, place, positions
 from .launch import device_of, launch, precision
 from .linear import add_up
 from .matmul import tile_ids, wrapped
-from .windows import Windows, advance, exists, layout, place, positions
 
 
 @triton.jit

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..contract import statistics_dtype
 from .config import Config, candidates, ceil_div
+from .conv2d_windows import layout
 from .launch import Device
-from .windows import layout
 
 FEW = 16  # channels that do not fill a step
 

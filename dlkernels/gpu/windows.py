@@ -1,22 +1,13 @@
-"""Windows of a filter over images: sizes and their check, and where a kernel finds a window's numbers.
+"""Where the windows of a pooling lie, on the GPU: what max_pool2d and avg_pool2d share.
 
-              left        W                        x (N, C, H, W) -> y (N, O, P, Q) with a filter (O, C / G, R, S)
-            ┌ ─ ─ ┬───────────────┬ ─ ┐
-        top                                        position (p, q) sees, under tap (r, s), the pixel
-            ├ ─ ─ ┼───────────────┼ ─ ┤                h = p sh - top  + r dh
-              ┌───│───┐           │                    w = q sw - left + s dw
-         H    │window │           │   │            outside of [0, H) x [0, W) lies the padding: zeros that no memory holds
-              └───│───┘           │
-
-* Both memory formats, contiguous and channels_last, are told to the kernels by three numbers: how far apart neighbouring channels lie,
-  how far apart neighbouring pixels, and by how much more than its pixels an image is apart from the next (None where by nothing).
-* Positions and pixels are counted through all images, in 32 bits, as divisions of 64 are slow routines; offsets are 64-bit.
+A program makes BLOCK numbers of its result, neighbours in memory, contiguous or channels last. Forward, each walks over the places of its
+window; backward, each walks over the windows that may see it and takes what is its own: no atomics, the same bits on every run.
+ Neighbouring lanes read neighbouring numbers in either format, or numbers ``stride`` apart, from the cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
@@ -24,117 +15,114 @@ import triton.language as tl
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from .activations import EPILOGUES
 from .launch import check_tensor
 
-COUNT = 2**31 - 2**28  # so many pixels can be counted in 32 bits; the rest is for what lies on the padding, and for the last tile
+BLOCK = 256
+LIMIT = 1 << 31
 
 
 @triton.jit
-def positions(m, P, Q):
-    """Image, row and column of the m-th position of [N, P, Q]."""
-    return m // Q // P, m // Q % P, m % Q
+def place(N, C, H, W, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr):
+    """The numbers of this program in an (N, C, H, W) tensor: their offsets, which exist, their h and w, and n C + c (int64)."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < tl.cast(N, tl.int64) * C * H * W
+    if CHANNELS_LAST:
+        pixel = at // C
+        return at, inside, pixel // W % H, pixel % W, pixel // W // H * C + at % C
+    return at, inside, at // W % H, at % W, at // W // H
 
 
 @triton.jit
-def advance(n, p, q, STEP, P, Q):
-    """The positions STEP further on: an addition with carries, digit by digit, as a division at every step of a loop would cost more."""
-    q += STEP % Q
-    carry = q >= Q
-    q = tl.where(carry, q - Q, q)
-    p += STEP // Q % P + carry.to(tl.int32)
-    carry = p >= P
-    p = tl.where(carry, p - P, p)
-    n += STEP // Q // P + carry.to(tl.int32)
-    return n, p, q
+def offset(nc, h, w, C, H, W, CHANNELS_LAST: tl.constexpr):
+    """Where number (n, c, h, w) of an (N, C, H, W) tensor lies; nc = n C + c."""
+    if CHANNELS_LAST:
+        return ((nc // C * H + h) * W + w) * C + nc % C
+    return (nc * H + h) * W + w
 
 
 @triton.jit
-def place(n, pixel, stride, gap):
-    """Offsets (int64) of pixels, which are of the images n. Those of the padding are not for use."""
-    at = pixel.to(tl.int64) * stride
-    if gap is not None:
-        at += n.to(tl.int64) * gap
-    return at
+def start(p, n, P, kernel, stride, padding):
+    """Where window p (int64) of P begins along n numbers; it may be in the padding. A kernel of 0: adaptive windows, here and below."""
+    return tl.where(kernel == 0, p * n // P, p * stride - padding)
 
 
 @triton.jit
-def exists(h, w, H, W):
-    """Whether a pixel lies on the image and not on the padding."""
-    return (h >= 0) & (h < H) & (w >= 0) & (w < W)
+def offsets(p, n, P, kernel, stride, padding, dilation):
+    """The offsets of window p that lie inside: the first, and the one behind the last. `start + offset dilation` is the place."""
+    at = start(p, n, P, kernel, stride, padding)
+    count = tl.where(kernel == 0, ((p + 1) * n + P - 1) // P - at, kernel)
+    return tl.maximum((dilation - 1 - at) // dilation, 0), tl.minimum(count, (n - at + dilation - 1) // dilation)
 
 
-def layout(t: Tensor) -> tuple[int, int, int | None]:
-    """From channel to channel, from pixel to pixel, and what else lies between two images, of a dense tensor (N, C, H, W)."""
-    _, C, H, W = t.shape
-    return (1, C, None) if t.is_contiguous(memory_format=torch.channels_last) else (H * W, 1, (C - 1) * H * W)
+@triton.jit
+def places(p, n, P, kernel, stride, padding, PADDED: tl.constexpr):
+    """How many places of window p count for the mean: those inside, or with PADDED those in the padding too; no dilation."""
+    if PADDED:
+        return tl.minimum(start(p, n, P, kernel, stride, padding) + kernel, n + padding + p * 0) - start(p, n, P, kernel, stride, padding)
+    first, last = offsets(p, n, P, kernel, stride, padding, 1)
+    return last - first
 
 
-class Windows(NamedTuple):
-    """Sizes of a convolution: images, channels, pixels, output channels, filter, positions, groups; stride, padding, dilation."""
-
-    N: int
-    C: int
-    H: int
-    W: int
-    O: int
-    R: int
-    S: int
-    P: int
-    Q: int
-    G: int
-    sh: int
-    sw: int
-    top: int
-    left: int
-    dh: int
-    dw: int
-
-    @property
-    def M(self) -> int:
-        """Positions of all images: the rows of the product."""
-        return self.N * self.P * self.Q
-
-    @property
-    def inputs(self) -> int:
-        """Channels of a group."""
-        return self.C // self.G
-
-    @property
-    def outputs(self) -> int:
-        """Output channels of a group."""
-        return self.O // self.G
-
-    @property
-    def pixels(self) -> int:
-        """Pixels of all images."""
-        return self.N * self.H * self.W
-
-    @property
-    def moves(self) -> tuple[int, ...]:
-        return self[-6:]
+@triton.jit
+def first_seeing(h, n, P, kernel, stride, padding, dilation):
+    """The first window that may see place h (int64)."""
+    before = h + padding + dilation - (h * 0 + kernel) * dilation
+    return tl.where(kernel == 0, h * P // n, tl.maximum((before + stride - 1) // stride, 0))
 
 
-def windows_of(
-    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int, activation: int
-) -> tuple[Windows, torch.memory_format]:
-    """The sizes, and the memory format of x, which its result has too; or an error that names the argument."""
-    if x.dim() != 4 or weight.dim() != 4:
-        raise RuntimeError(f"x and weight must be (N, C, H, W) and (O, C / groups, R, S), got {tuple(x.shape)} and {tuple(weight.shape)}")
-    if not 0 <= activation < len(EPILOGUES):
-        raise ValueError(f"activation must be a code from 0 to {len(EPILOGUES) - 1}, got {activation}")
-    for name, values, count, least in (("stride", stride, 2, 1), ("padding", padding, 4, 0), ("dilation", dilation, 2, 1)):
-        if len(values) != count or min(values) < least:
-            raise RuntimeError(f"{name} must be {count} numbers of at least {least}, got {list(values)}")
-    (N, C, H, W), (O, _, R, S) = x.shape, weight.shape
-    if groups < 1 or C % groups or O % groups:
-        raise RuntimeError(f"groups must divide {C} channels and {O} output channels, got {groups}")
-    check_tensor("x", x, x, (N, C, H, W))
-    check_tensor("weight", weight, x, (O, C // groups, R, S))
-    (sh, sw), (top, bottom, left, right), (dh, dw) = stride, padding, dilation
-    P, Q = (H + top + bottom - dh * (R - 1) - 1) // sh + 1, (W + left + right - dw * (S - 1) - 1) // sw + 1
-    if min(R, S, P, Q) < 1:
-        raise RuntimeError(f"a filter of {R} x {S} taps does not fit x of shape {tuple(x.shape)} with padding {list(padding)}")
-    if N * max(P * Q, H * W) > COUNT:
-        raise RuntimeError(f"kernels count up to {COUNT} positions, got {N} images of {H} x {W} -> {P} x {Q}; split the batch")
-    return Windows(N, C, H, W, O, R, S, P, Q, groups, sh, sw, top, left, dh, dw), suggest_memory_format(x)
+class Axis:
+    """The windows along one dimension, checked. ``arguments`` are what the kernels take."""
+
+    def __init__(self, name: str, n: int, P: int, kernel: int, stride: int, padding: int, dilation: int) -> None:
+        if not (1 <= n < LIMIT and 1 <= P < LIMIT):
+            raise RuntimeError(f"{name} of input and output is {n} and {P}, needs at least 1 and less than 2^31 of each")
+        if not all(0 <= value < LIMIT for value in (kernel, stride, padding, dilation)):
+            raise RuntimeError("kernel_size, stride, padding and dilation need to be less than 2^31 and not negative")
+        if kernel == 0 and (stride, padding, dilation) != (1, 0, 1):
+            raise RuntimeError("kernel_size 0, for adaptive windows, needs stride 1, padding 0 and dilation 1")
+        if stride < 1 or dilation < 1:
+            raise RuntimeError(f"stride and dilation need to be at least 1, got {stride} and {dilation}")
+        if kernel and 2 * padding > kernel:
+            raise RuntimeError(f"padding is {padding}, needs to be at most half of kernel_size {kernel}")
+        if kernel and (P - 1) * stride >= n + padding:
+            raise RuntimeError(f"the last of {P} windows would begin behind the {name} {n}")
+        self.arguments = (n, P, kernel, stride, padding, dilation)
+        self.widest = kernel or n // P + (2 if n % P else 0)
+        span = (kernel - 1) * dilation + 1
+        self.steps = min(self.widest, -(-n // dilation))  # no window sees more places
+        self.overlap = min(P, -(-span // stride) if kernel else -(-P // n) + 1)  # no place by more windows
+
+
+def axes_of(plane: Sequence[int], size: Sequence[int], *geometry: Sequence[int]) -> tuple[Axis, Axis]:
+    """The windows for height and width; ``geometry`` is kernel_size, stride, padding and dilation."""
+    if any(len(pair) != 2 for pair in geometry) or (geometry[0][0] == 0) != (geometry[0][1] == 0):
+        raise RuntimeError("kernel_size, stride, padding and dilation need 2 numbers each; a kernel_size of 0 for both or for none")
+    h, w = (Axis(name, plane[d], size[d], *(pair[d] for pair in geometry)) for d, name in enumerate(("height", "width")))
+    if plane[0] * plane[1] >= LIMIT or h.widest * w.widest >= LIMIT:
+        raise RuntimeError(f"a plane of {tuple(plane)} in windows of {(h.widest, w.widest)}, needs less than 2^31 places in each")
+    return h, w
+
+
+def padded(include_pad: bool, kernel: Sequence[int]) -> bool:
+    """Whether places in the padding count: adaptive windows have none."""
+    return include_pad and kernel[0] > 0
+
+
+def checked(name: str, t: Tensor) -> Tensor:
+    if t.dim() != 4:
+        raise RuntimeError(f"{name} must have 4 dimensions, got {t.dim()}")
+    check_tensor(name, t, t, tuple(t.shape))
+    return t
+
+
+def form_of(x: Tensor) -> torch.memory_format:
+    return torch.channels_last if suggest_memory_format(x) == torch.channels_last else torch.contiguous_format
+
+
+def empty(like: Tensor, H: int, W: int, form: torch.memory_format, dtype: torch.dtype | None = None) -> Tensor:
+    """(N, C, H, W) with the first two of ``like``."""
+    return torch.empty((*like.shape[:2], H, W), dtype=dtype or like.dtype, device=like.device, memory_format=form)
+
+
+def grid(t: Tensor) -> tuple[int]:
+    return (triton.cdiv(t.numel(), BLOCK),)
