@@ -49,6 +49,11 @@ def test_checkpoints_can_be_read_by_another_number_of_processes(outcomes: dict[i
 
 
 @pytest.mark.parametrize("size", [2, 4])
+def test_what_the_first_process_tracks_is_written_when_any_returns(size: int, outcomes: dict[int, dict[str, Any]]) -> None:
+    assert value(outcomes[size]["tracked"])
+
+
+@pytest.mark.parametrize("size", [2, 4])
 def test_batch_norm_under_fsdp_in_bfloat16(size: int, outcomes: dict[int, dict[str, Any]]) -> None:
     native, ours = (value(outcomes[size][f"batch norm {name}"]) for name in WORLDS)
     assert ours == pytest.approx(native, rel=0.02)

@@ -11,7 +11,8 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ import dlkernels.nn as nn
 from dlkernels import functional as F
 from dlkernels import optim
 from dlkernels.train import Batches, Trainer, join, leave, spread
-from dlkernels.train.distributed import is_sharded
+from dlkernels.train.distributed import gather_objects, is_sharded
 
 M, K, N = 192, 20, 5
 BATCH = 24
@@ -84,6 +85,32 @@ def go_on(how: str, epochs: int, mesh: DeviceMesh) -> list[float]:
     """Train up to so many epochs, going on from what a run of another number of processes left in the folder."""
     trainer, batches = trainer_of(how, {"max_norm": 0.3}, Path(sys.argv[1]) / "run")
     return trainer.fit(*batches, epochs=epochs, resume=True)["val_loss"]
+
+
+class SlowToClose:
+    """A tracker whose file is there a while after the last step."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def start(self, config: Mapping[str, Any], step: int) -> None:
+        self.file.unlink(missing_ok=True)
+
+    def log(self, step: int, numbers: Mapping[str, float]) -> None:
+        pass
+
+    def close(self) -> None:
+        time.sleep(0.5)
+        self.file.touch()
+
+
+def what_was_tracked(mesh: DeviceMesh) -> bool:
+    """Whether the first process's trackers have written all they had, once ``fit`` returns in this one."""
+    file = Path(sys.argv[1]) / "tracked"
+    trainer, batches = trainer_of("ddp", {"trackers": [SlowToClose(file)]})
+    trainer.fit(*batches, epochs=1)
+    there = file.exists()
+    return all(gather_objects(there))
 
 
 def batch_norm_in_bfloat16(world: Any, mesh: DeviceMesh) -> list[float]:
@@ -183,5 +210,6 @@ if __name__ == "__main__":
         jobs["at once"] = lambda mesh: trainer.fit(*batches, epochs=3)["val_loss"]
     else:
         jobs |= {name: functools.partial(step_on_shards, make) for name, make in OPTIMIZERS.items()}
+        jobs["tracked"] = what_was_tracked
         jobs |= {f"batch norm {name}": functools.partial(batch_norm_in_bfloat16, world) for name, world in WORLDS.items()}
     serve(jobs)

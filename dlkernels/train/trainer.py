@@ -158,6 +158,8 @@ class Trainer:
                     self.epoch(train, val)
             except KeyboardInterrupt:
                 self.stopped = "interrupted"
+                return self.history
+        distributed.wait_for_all()  # what the first process writes is whole when any of them returns
         return self.history
 
     def epoch(self, train: Iterable[Batch], val: Iterable[Batch] | None = None) -> dict[str, float]:
