@@ -15,7 +15,7 @@ template <class T> constexpr bool ON_TILES = HAS_TILES && sizeof(T) < 8;  // of 
 
 template <class T, Memory MEMORY>
 void filter(int64_t groups, const Filters<T>& filters, const Images<T, MEMORY>& images, const std::vector<Bank<T, MEMORY>>& banks) {
-    bool matrix = banks.size() == 1 && Patches<T, MEMORY>{images, banks[0].h, banks[0].w}.is_matrix();
+    bool matrix = MEMORY == Memory::ROWS && banks.size() == 1 && Patches<T, MEMORY>{images, banks[0].h, banks[0].w}.is_matrix();
     if (!ON_TILES<T> && !matrix) return slide<direct_micro<T>>(groups, filters, images, banks);
     for (const auto& bank : banks) multiply_patches(groups, filters, images, bank);
 }
@@ -30,6 +30,7 @@ template <class T, Memory MEMORY>
 void forward(const Geometry& s, const T* x, const T* weight, const T* bias, Activation act, T* y, T* z) {
     int64_t taps = s.R * s.S;
     Bank<T, MEMORY> bank{s.axis(0), s.axis(1), count(s.R), count(s.S), s.S, {y, z, bias, act, s.O, s.P, s.Q, s.P, s.Q, s.Q}};
+    bank.result.to = Destination(y, s.N * s.O * s.P * s.Q * int64_t(sizeof(T)));
     filter<T, MEMORY>(s.groups, {weight, s.O1, s.O1 * s.C1 * taps, s.C1 * taps, taps}, {x, s.N, s.C1, s.C, s.H, s.W}, {bank});
 }
 
@@ -112,36 +113,38 @@ template <class T, Memory MEMORY> struct WeightGradient {
         Axis ah = s.axis(0), aw = s.axis(1);
         Span h{ah.step, ah.at.front(), ah.at.back()}, w{aw.step, aw.at.front(), aw.at.back()};
         int64_t K = s.C1 * taps, width = round_up(few ? K : s.C1, Micro::NR), size = (few ? 1 : taps) * s.O1 * width;
-        int64_t row = few ? s.Q * width : h.step * w.step * w.length(s.Q) * width;
+        int64_t row = few ? s.Q * width : h.step * w.pixels(s.Q) * width;
         int64_t most = GRID_BYTES / std::max<int64_t>(row * int64_t(sizeof(S)), 1) - (few ? 0 : (h.high - h.low) / h.step);
         int64_t rows = std::clamp<int64_t>(most, 1, std::max<int64_t>(s.P, 1)), bands = ceil_div(s.P, rows);
         int64_t items = s.N * bands, parts = parts_of(items, size), panels = ceil_div(s.O1, Micro::MR);
         int64_t shares = std::min(ceil_div(threads(), parts * s.groups), panels);
-        Grid<T, MEMORY, S> grid{x, h, w, h.length(rows), w.length(s.Q), {}};
+        Planes<T, MEMORY, S> planes{x, h, w, rows, s.Q};
+        Pixels<T, MEMORY, S> pixels{x, h, w, rows, s.Q, width};
         std::vector<int64_t> offset;
         for (int64_t c = 0; c < (few ? s.C1 : 1); c++)
             for (int64_t at_h : ah.at)
                 for (int64_t at_w : aw.at) {
-                    grid.use(at_h, at_w);
-                    offset.push_back(few ? c * grid.plane() + grid.place(at_h, at_w) : grid.place(at_h, at_w) * width);
+                    planes.use(at_h, at_w);
+                    offset.push_back(few ? planes.lane(at_h, at_w, c) : pixels.lane(at_h, at_w, 0));
                 }
         Tensor memory = empty(scalar_type<S>(), {s.groups, parts, size});
         parallel(s.groups * parts * shares, [&](int64_t i, int64_t end) {
-            auto mine = grid;
+            auto my_planes = planes;
+            auto my_pixels = pixels;
             for (; i < end; i++) {
                 int64_t g = i / (parts * shares), part = i / shares % parts, share = i % shares;
                 int64_t m0 = panels * share / shares * Micro::MR, m1 = std::min(s.O1, panels * (share + 1) / shares * Micro::MR);
                 S* sums = data<S>(memory) + (g * parts + part) * size;
-                mine.from = x.group(g);
+                my_planes.from = my_pixels.from = x.group(g);
                 for (int64_t first = items * part / parts, item = first; item < items * (part + 1) / parts; item++) {
                     int64_t n = item / bands, i0 = item % bands * rows, height = std::min(s.P - i0, rows);
                     std::vector<int64_t> place;
-                    for (int64_t j = 0; j < height * s.Q; j++) place.push_back((few ? j : j / s.Q * grid.columns + j % s.Q) * width);
+                    for (int64_t j = 0; j < height * s.Q; j++) place.push_back(few ? j * width : pixels.place(j / s.Q, j % s.Q));
                     S* met = few ? scratch<S, GATHERED>(height * s.Q * width) : nullptr;
-                    if (few) mine.fill_planes(n, i0), mine.gather(offset, height, s.Q, width, met);
-                    else mine.fill_pixels(n, i0, width);
-                    slide_back<Micro>(few ? met : mine.p, few ? std::vector<int64_t>{0} : offset, place, width, dz.group(g), m0, m1, n, i0,
-                                      sums, item > first);
+                    if (few) my_planes.fill(n, i0), my_planes.gather(offset, height, s.Q, width, met);
+                    else my_pixels.fill(n, i0);
+                    slide_back<Micro>(few ? met : my_pixels.p, few ? std::vector<int64_t>{0} : offset, place, width, dz.group(g), m0, m1, n,
+                                      i0, sums, item > first);
                 }
             }
         }, double(s.N) * s.P * s.Q * size < SERIAL);

@@ -8,6 +8,9 @@
 #include "activation.h"
 #include "channels.h"
 #include "product.h"
+#include "rows.h"
+
+constexpr int TURNED = 8;  // scratch slot
 
 template <class T> constexpr ScalarType scalar_type() {
     return std::is_same_v<T, double> ? ScalarType::Double : std::is_same_v<T, float> ? ScalarType::Float
@@ -116,6 +119,7 @@ template <class T, Memory MEMORY> struct Result {
     const T* bias;
     Activation act;
     int64_t all_channels, H, W, I, L, pitch, step_h = 1, step_w = 1, first_h = 0, first_w = 0;
+    Destination to{nullptr, 0};
 
     Result of_group(int64_t g, int64_t M) const {
         Result one = *this;
@@ -132,17 +136,27 @@ template <class T, Memory MEMORY> struct Result {
             else write_rows(t, j, run, (n * all_channels + t.m) * H * W + pixel, put);
         }, S{});
     }
-    // A tile of places x channels, where channels lie side by side.
+    // A tile of places x channels.
     template <class S> void write_places(const Tile<S>& t, Place at) const {
-        each_run(at, t.rows, [&](int i, int run, int64_t n, int64_t pixel, const auto& put) {
-            int64_t to = (n * H * W + pixel) * all_channels + t.n;
-            for (; run > 0; run--, i++, to += step_w * all_channels)
-                for (int c = 0; c < t.columns; c += VL<S>) {
-                    int lanes = t.columns - c;
-                    vec<S> v = load(t.p + i * t.ld + c, lanes);
-                    put(bias ? v + load(bias + t.n + c, lanes) : v, to + c, lanes);
+        if constexpr (MEMORY == Memory::COLUMNS) {
+            each_run(at, t.rows, [&](int i, int run, int64_t n, int64_t pixel, const auto& put) {
+                write_pixels(t, i, run, (n * H * W + pixel) * all_channels + t.n, put);
+            }, S{});
+        } else {
+            constexpr int V = VL<S>;
+            int64_t ld = round_up(t.rows, V) + V;
+            S* rows = scratch<S, TURNED>(round_up(t.columns, V) * ld);
+            for (int c = 0; c < t.columns; c += V)
+                for (int r = 0; r < t.rows; r += V) {
+                    vec<S> square[V];
+#pragma GCC unroll 16
+                    for (int s = 0; s < V; s++) square[s] = r + s < t.rows ? load(t.p + (r + s) * t.ld + c) : vec<S>{};
+                    transpose(square);
+#pragma GCC unroll 16
+                    for (int s = 0; s < V; s++) store(rows + (c + s) * ld + r, square[s]);
                 }
-        }, S{});
+            write(Tile<S>{rows, ld, t.n, 0, t.columns, t.rows}, at);
+        }
     }
 
   private:
@@ -153,7 +167,7 @@ template <class T, Memory MEMORY> struct Result {
         act.with<S>([&](auto value, auto) {
             auto put = [&](vec<S> v, int64_t at, int lanes) {
                 if (z) store(z + at, v, lanes);
-                store(y + at, value(v), lanes);
+                to.store_part(y + at, value(v), lanes);
             };
             for (int j = 0; j < count;) {
                 int64_t left = whole ? (I - p.i) * L - p.l : L - p.l, step = whole ? left : pitch - p.l;
@@ -169,13 +183,26 @@ template <class T, Memory MEMORY> struct Result {
         for (int i = 0; i < t.rows; i++, to += H * W) {
             const S* sums = t.p + i * t.ld + j;
             vec<S> b = bias ? set(S(load(bias + t.m + i, 1)[0])) : vec<S>{};
-            if (step_w == 1)
-                for (int r = 0; r < run; r += VL<S>) put(load(sums + r, run - r) + b, to + r, run - r);
-            else if (step_w == 2)  // a gradient: neither bias nor activation
-                for (int r = 0; r < run; r += VL<S>) store_evens(y + to + 2 * r, load(sums + r, run - r), std::min(VL<S>, run - r));
-            else
-                for (int r = 0; r < run; r++) put(load(sums + r, 1), to + r * step_w, 1);
+            int head = step_w == 1 ? int(-(reinterpret_cast<uintptr_t>(y + to) / sizeof(T)) % VL<S>) : 0;  // up to a whole vector's place
+            for (int r = 0, n = head ? head : VL<S>; r < run; r += n, n = VL<S>) {
+                n = std::min(n, run - r);
+                put_in_row(load(sums + r, n) + b, to + r * step_w, n, put);
+            }
         }
+    }
+    template <class S, class Put> void write_pixels(const Tile<S>& t, int i, int run, int64_t to, const Put& put) const {
+        for (; run > 0; run--, i++, to += step_w * all_channels)
+            for (int c = 0; c < t.columns; c += VL<S>) {
+                int lanes = t.columns - c;
+                vec<S> v = load(t.p + i * t.ld + c, lanes);
+                put(bias ? v + load(bias + t.n + c, lanes) : v, to + c, lanes);
+            }
+    }
+    // The first n lanes of v to a row, step_w apart; further apart than side by side they are of a gradient: no activation.
+    template <class V, class Put> void put_in_row(V v, int64_t at, int n, const Put& put) const {
+        if (step_w == 1) put(v, at, n);
+        else if (step_w == 2) store_evens(y + at, v, n);
+        else for (int r = 0; r < n; r++) put(set(v[r]), at + r * step_w, 1);
     }
     template <class S, class Put> void write_columns(const Tile<S>& t, int j, int run, int64_t to, const Put& put) const {
         constexpr int V = VL<S>;

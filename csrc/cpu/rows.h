@@ -26,6 +26,12 @@ struct Destination {
         if constexpr (sizeof(T) == 2) stream_raw(p, narrow(v, T{}));
         else stream_raw(p, v);
     }
+    // The same for a part that lies anywhere: only whole vectors that are aligned go past the caches.
+    template <class T> INLINE void store_part(T* p, vec<compute_t<T>> v, int n) const {
+        constexpr int L = VL<compute_t<T>>;
+        if (past_caches && n >= L && reinterpret_cast<uintptr_t>(p) % (L * sizeof(T)) == 0) store(p, v);
+        else ::store(p, v, n);
+    }
     ~Destination() { if (past_caches) stream_fence(); }  // before another thread is told that the result is there
 };
 

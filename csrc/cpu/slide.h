@@ -1,22 +1,21 @@
-// A bank of filters slid over a Grid: the products of convolution, band by band, without gathering what a filter meets.
+// A bank of filters slid over an image: the products of convolution, band by band, without gathering what a filter meets.
 //
-//   slide          sums[m, place]    = sum_k filter[m, k] plane[offset[k] + place]        k = (c, tap)
+//   slide          sums[place, m]    = sum_k met[offset[k] + place] filter[m, k]          k = (tap, channel), in either order
 //   slide_back     sums[tap, m, c]  += sum_j dz[m, j] pixel[offset[tap] + j, c]           j = the places of a band
 //                  Where channels are too few to fill vectors, all k of a place are gathered: one tap, c = k.
 //
-//            places of a band, NR at a time
-//          +----+----+--            The filters are packed once. What a tile meets (KC taps of NR places: a few rows of KC / taps channels)
-//     MR   |tile|                   stays in the L1 cache while the panels of all filters pass over it; a band's grid stays in L2.
-//          +----+
+//           filters, NR at a time
+//          +----+----+--            Where filters fill vectors a tile is up to MR places of a row x NR filters; else MR filters x NR places,
+//   places |tile|                   which may go on in the next row. The filters are packed once; a panel of them stays in the L1 cache while
+//          +----+                   a strip of places passes over it. A band's copy stays in L2.
 #pragma once
 #include "grid.h"
 
 constexpr int64_t GRID_BYTES = 256 << 10;  // what a band may take of the L2 cache
 
 // Rows of places in a band: as many as fit, in bands of even height, enough bands for every thread.
-inline int64_t rows_in_band(const Span& h, const Span& w, int64_t I, int64_t L, int64_t bytes_per_number, int64_t others) {
-    int64_t row = std::max<int64_t>(1, h.step * w.step * w.length(L) * bytes_per_number);
-    int64_t most = std::clamp<int64_t>(GRID_BYTES / row - (h.high - h.low) / h.step, 1, std::max<int64_t>(I, 1));
+inline int64_t rows_in_band(const Span& h, int64_t bytes_in_row, int64_t I, int64_t others) {
+    int64_t most = std::clamp<int64_t>(GRID_BYTES / std::max<int64_t>(bytes_in_row, 1) - (h.high - h.low) / h.step, 1, std::max<int64_t>(I, 1));
     int64_t bands = std::max(ceil_div(I, most), std::min(I, ceil_div(2 * threads(), std::max<int64_t>(others, 1))));
     return ceil_div(I, std::max<int64_t>(bands, 1));
 }
@@ -33,16 +32,14 @@ template <class T, Memory MEMORY> std::pair<Span, Span> spans(const std::vector<
     return {span([](const auto& bank) -> const Axis& { return bank.h; }), span([](const auto& bank) -> const Axis& { return bank.w; })};
 }
 
-template <class Micro, class T, Memory MEMORY> struct Slide {
+template <class Micro, class T, Memory MEMORY, class Grid> struct Slide {
     using E = typename Micro::Element;
     using Sum = typename Micro::Sum;
     using Lane = typename Micro::Lane;
-    using Plane = Grid<T, MEMORY, Lane>;
-    static constexpr int MR = Micro::MR, NR = Micro::NR, PAIR = Plane::PAIR;
+    static constexpr int MR = Micro::MR, NR = Micro::NR, PAIR = Grid::PAIR;
     int64_t groups, M;
-    // Tiles of places x channels where channels lie side by side, if there are enough to fill vectors: they are stored as they are.
-    bool turned = MEMORY == Memory::COLUMNS && 4 * M >= 3 * round_up(M, NR);
-    int width = turned ? NR : MR, across = turned ? MR : NR;  // of a tile: channels and places
+    bool turned;  // tiles of places x filters
+    int width = turned ? NR : MR;  // filters in a tile
 
     struct Packed {  // the filters of a bank for every group, and where a grid holds what each k meets
         std::vector<int64_t> offset;
@@ -54,14 +51,14 @@ template <class Micro, class T, Memory MEMORY> struct Slide {
     }
     static Spaced<Lane> rows_of(const E* panel, int64_t width) { return {reinterpret_cast<const Lane*>(panel), width}; }
 
-    Packed pack(const Filters<T>& filters, const Bank<T, MEMORY>& bank, const Plane& grid) const {
-        Packed out{{}, PAIR * grid.lanes() * int64_t(bank.taps.size()), {}};
-        int64_t K = out.K, panels = ceil_div(M, width);
-        out.memory = empty(scalar_type<E>(), {groups * panels, Micro::panel(width, K)});
+    Packed pack(const Filters<T>& filters, const Bank<T, MEMORY>& bank, const Grid& grid) const {
+        int64_t lanes = grid.lanes(), K = PAIR * lanes * int64_t(bank.taps.size()), panels = ceil_div(M, width);
+        int64_t inner = Grid::PIXELS ? lanes : 1;  // k = (c / inner, tap, c % inner)
+        Packed out{{}, K, empty(scalar_type<E>(), {groups * panels, Micro::panel(width, K)})};
         Tensor arranged = empty(scalar_type<T>(), {M, K});
         Matrix<T> weight{data<T>(arranged), K, 1};
         for (int64_t g = 0; g < groups; g++) {
-            filters.arrange(g, grid.from.channels, bank.taps, PAIR, weight.p);
+            filters.arrange(g, grid.from.channels, bank.taps, PAIR * inner, weight.p);
             parallel(panels, [&](int64_t i, int64_t end) {
                 constexpr int64_t DEPTH = 128;
                 for (; i < end; i++)
@@ -72,75 +69,118 @@ template <class Micro, class T, Memory MEMORY> struct Slide {
                     }
             }, M * K <= SERIAL_NUMBERS);
         }
-        for (int64_t c = 0; c < grid.lanes(); c++)
+        for (int64_t c = 0; c < lanes; c += inner)
             for (int64_t at_h : bank.h.at)
-                for (int64_t at_w : bank.w.at) out.offset.push_back(c * grid.plane() + grid.place(at_h, at_w));
+                for (int64_t at_w : bank.w.at)
+                    for (int64_t i = 0; i < inner; i++) out.offset.push_back(grid.lane(at_h, at_w, c + i));
         return out;
     }
 
     // All filters of a bank over the band of rows from i0 on.
-    void band(const Plane& grid, const Bank<T, MEMORY>& bank, const Packed& packed, int64_t g, int64_t n, int64_t i0, int64_t i1) const {
-        constexpr int64_t STRIP = 8 * NR, DEEP = 1024 / sizeof(Lane) * PAIR;
+    void band(const Grid& grid, const Bank<T, MEMORY>& bank, const Packed& packed, int64_t g, int64_t n, int64_t i0, int64_t i1) const {
+        constexpr int64_t DEEP = 1024 / sizeof(Lane) * PAIR;
         if (i0 >= bank.result.I || bank.result.L == 0) return;
-        Result<T, MEMORY> result = bank.result.of_group(g, M);
-        int64_t J = (std::min(i1, result.I) - i0 - 1) * grid.columns + result.L, K = packed.K, strip = turned ? STRIP / MR * MR : STRIP;
-        int64_t parts = K <= DEEP * 3 / 2 ? 1 : ceil_div(K, DEEP), deep = std::max<int64_t>(PAIR, round_up(ceil_div(K, parts), PAIR));
-        int64_t ld = parts == 1 ? NR : turned ? round_up(M, NR) + VL<Sum> : STRIP + VL<Sum>;
+        int64_t K = packed.K, parts = K <= DEEP * 3 / 2 ? 1 : ceil_div(K, DEEP);
+        int64_t deep = std::max<int64_t>(PAIR, round_up(ceil_div(K, parts), PAIR)), rows = std::min(i1, bank.result.I) - i0;
+        Call call{grid, packed, bank.result.of_group(g, M), g, n, i0, K, deep};
+        if (turned) places_by_filters(call, rows);
+        else if constexpr (!Grid::PIXELS) filters_by_places(call, rows);
+    }
+
+  private:
+    struct Call {
+        const Grid& grid;
+        const Packed& packed;
+        Result<T, MEMORY> result;
+        int64_t g, n, i0, K, deep;
+        int depth(int64_t k) const { return int(std::min(deep, K - k)); }
+        bool last(int64_t k) const { return k + deep >= K; }
+        const int64_t* offset(int64_t k) const { return packed.offset.data() + k / PAIR; }
+    };
+
+    // Each row of places is cut into tiles of about the same height, so that none of them is low. Sums of a strip lie in the order of places.
+    void places_by_filters(const Call& a, int64_t rows) const {
+        constexpr int64_t STRIP = 4 * NR / MR;  // tiles
+        int64_t L = a.result.L, cuts = ceil_div(L, MR), tiles = rows * cuts, ld = a.K <= a.deep ? NR : round_up(M, NR) + VL<Sum>;
+        auto first = [&](int64_t t) { return t / cuts * L + t % cuts * L / cuts; };  // place of tile t
+        Sum* strip = scratch<Sum, 2>(STRIP * MR * ld);
+        for (int64_t s = 0; s < tiles; s += STRIP)
+            for (int64_t k = 0; k == 0 || k < a.K; k += a.deep)
+                for (int64_t m = 0; m < M; m += NR) {
+                    const E* weight = panel(a.packed, a.g, m, k);
+                    int64_t begin = first(s), end = std::min(tiles, s + STRIP);
+                    Sum* sums = strip + (a.K <= a.deep ? 0 : m);
+                    for (int64_t t = s, j = begin, next; t < end; t++, j = next) {
+                        next = first(t + 1);
+                        auto met = a.grid.met(a.grid.place(j / L, j % L), a.offset(k));
+                        Micro::tile_at(int(next - j), a.depth(k), met, rows_of(weight, NR), sums + (j - begin) * ld, ld, k > 0, weight);
+                    }
+                    if (!a.last(k)) continue;
+                    Tile<Sum> all{sums, ld, 0, m, int(first(end) - begin), int(std::min<int64_t>(NR, M - m))};
+                    a.result.write_places(all, {a.n, a.i0 + begin / L, begin % L});
+                }
+    }
+
+    // The rows of places as one long row, with what lies between them.
+    void filters_by_places(const Call& a, int64_t rows) const {
+        constexpr int64_t STRIP = 8 * NR;
+        int64_t pitch = a.grid.columns, J = (rows - 1) * pitch + a.result.L, ld = a.K <= a.deep ? NR : STRIP + VL<Sum>;
         alignas(64) Sum spare[MR * NR];
-        Sum* partial = parts > 1 ? scratch<Sum, 2>((turned ? STRIP : round_up(M, MR)) * ld) : nullptr;
-        auto tile = [&](int64_t j, int64_t j_in_strip, int64_t m, int64_t k) {
-            int places = int(std::min<int64_t>(across, J - j)), filters = int(std::min<int64_t>(width, M - m));
-            int kc = int(std::min(deep, K - k));
-            Sum* sums = !partial ? spare : turned ? partial + j_in_strip * ld + m : partial + m * ld + j_in_strip;
-            const E *weight = panel(packed, g, m, k), *next = m + width < M ? panel(packed, g, m + width, k) : weight;
-            Listed<Lane> met{grid.p + j, packed.offset.data() + k / PAIR};
-            Place first{n, i0 + j / grid.columns, j % grid.columns};
-            if (turned) {
-                Micro::tile_at(places, kc, met, rows_of(weight, NR), sums, ld, k > 0, weight);
-                if (k + deep >= K) result.write_places(Tile<Sum>{sums, ld, 0, m, places, filters}, first);
-            } else {
-                Micro::tile_at(filters, kc, rows_of(weight, MR), met, sums, ld, k > 0, next);
-                if (k + deep >= K) result.write(Tile<Sum>{sums, ld, m, 0, filters, places}, first);
-            }
-        };
-        for (int64_t s = 0; s < J; s += strip)
-            for (int64_t k = 0; k == 0 || k < K; k += deep) {
-                int64_t end = std::min(J, s + strip);
-                if (turned)
-                    for (int64_t m = 0; m < M; m += width) for (int64_t j = s; j < end; j += across) tile(j, j - s, m, k);
-                else
-                    for (int64_t j = s; j < end; j += across) for (int64_t m = 0; m < M; m += width) tile(j, j - s, m, k);
-            }
+        Sum* partial = a.K <= a.deep ? nullptr : scratch<Sum, 2>(round_up(M, MR) * ld);
+        for (int64_t s = 0; s < J; s += STRIP)
+            for (int64_t k = 0; k == 0 || k < a.K; k += a.deep)
+                for (int64_t j = s; j < std::min(J, s + STRIP); j += NR)
+                    for (int64_t m = 0; m < M; m += MR) {
+                        const E *weight = panel(a.packed, a.g, m, k), *next = m + MR < M ? panel(a.packed, a.g, m + MR, k) : weight;
+                        int filters = int(std::min<int64_t>(MR, M - m)), places = int(std::min<int64_t>(NR, J - j));
+                        Sum* sums = partial ? partial + m * ld + j - s : spare;
+                        Micro::tile_at(filters, a.depth(k), rows_of(weight, MR), a.grid.met(j, a.offset(k)), sums, ld, k > 0, next);
+                        if (a.last(k)) a.result.write(Tile<Sum>{sums, ld, m, 0, filters, places}, {a.n, a.i0 + j / pitch, j % pitch});
+                    }
     }
 };
 
 // Every bank over every image, for every group. The banks share their images, so they share the grids.
-template <class Micro, class T, Memory MEMORY>
-void slide(int64_t groups, const Filters<T>& filters, const Images<T, MEMORY>& images, std::vector<Bank<T, MEMORY>> banks) {
-    using Plane = Grid<T, MEMORY, typename Micro::Lane>;
-    auto [h, w] = spans(banks);
+template <class Micro, class T, Memory MEMORY, class Grid>
+void slide(int64_t groups, const Filters<T>& filters, const Images<T, MEMORY>& images, std::vector<Bank<T, MEMORY>> banks, bool turned,
+           Grid grid, int64_t rows) {
     int64_t I = 0, L = 0;
-    for (const auto& bank : banks) I = std::max(I, bank.result.I), L = std::max(L, bank.result.L);
-    int64_t lane_bytes = ceil_div(images.channels, Plane::PAIR) * int64_t(sizeof(typename Micro::Lane));
-    int64_t rows = rows_in_band(h, w, I, L, lane_bytes, groups * images.images), bands = ceil_div(I, std::max<int64_t>(rows, 1));
-    Plane grid{images, h, w, h.length(rows), w.length(L), {}};
     for (auto& bank : banks) {
-        bank.result.pitch = grid.columns;
+        I = std::max(I, bank.result.I), L = std::max(L, bank.result.L), bank.result.pitch = turned ? bank.result.L : grid.columns;
         for (int64_t at_h : bank.h.at)
             for (int64_t at_w : bank.w.at) grid.use(at_h, at_w);
     }
-    Slide<Micro, T, MEMORY> all{groups, filters.M};
-    std::vector<typename Slide<Micro, T, MEMORY>::Packed> packed;
+    int64_t bands = ceil_div(I, std::max<int64_t>(rows, 1));
+    Slide<Micro, T, MEMORY, Grid> all{groups, filters.M, turned};
+    std::vector<typename Slide<Micro, T, MEMORY, Grid>::Packed> packed;
     for (const auto& bank : banks) packed.push_back(all.pack(filters, bank, grid));
     parallel(groups * images.images * bands, [&](int64_t i, int64_t end) {
-        Plane mine = grid;
+        Grid mine = grid;
         for (; i < end; i++) {
             int64_t g = i / (images.images * bands), n = i / bands % images.images, i0 = i % bands * rows;
             mine.from = images.group(g);
-            mine.fill_planes(n, i0);
+            mine.fill(n, i0);
             for (size_t b = 0; b < banks.size(); b++) all.band(mine, banks[b], packed[b], g, n, i0, i0 + rows);
         }
     }, double(filters.M) * images.channels * I * L * images.images * groups < SERIAL);
+}
+template <class Micro, class T, Memory MEMORY>
+void slide(int64_t groups, const Filters<T>& filters, const Images<T, MEMORY>& images, const std::vector<Bank<T, MEMORY>>& banks) {
+    using Lane = typename Micro::Lane;
+    auto [h, w] = spans(banks);
+    int64_t I = 0, L = 0, lanes = ceil_div(images.channels, Copied<T, MEMORY, Lane>::PAIR), others = groups * images.images;
+    for (const auto& bank : banks) I = std::max(I, bank.result.I), L = std::max(L, bank.result.L);
+    bool turned = 4 * filters.M >= 3 * round_up(filters.M, Micro::NR);
+    if (turned && MEMORY == Memory::COLUMNS) {
+        int64_t width = lanes * sizeof(Lane) % 2048 ? lanes : lanes + VL<Lane>;  // else MR pixels would compete for few lines of the L1 cache
+        int64_t rows = rows_in_band(h, h.step * w.pixels(L) * width * int64_t(sizeof(Lane)), I, others);
+        Pixels<T, MEMORY, Lane> grid{images, h, w, rows, L, width};
+        grid.use_image(I, L);
+        slide<Micro>(groups, filters, images, banks, turned, grid, rows);
+    } else {
+        int64_t rows = rows_in_band(h, h.step * w.step * w.length(L) * lanes * int64_t(sizeof(Lane)), I, others);
+        slide<Micro>(groups, filters, images, banks, turned, Planes<T, MEMORY, Lane>{images, h, w, rows, L}, rows);
+    }
 }
 
 // sums[tap][m][c] += dz[m][j] met[offset[tap] + place[j] + c] for all places j of a band and filters [m0, m1); `width` numbers to a place.
