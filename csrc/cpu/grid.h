@@ -30,6 +30,14 @@ template <class T, Memory MEMORY, class Lane> struct Copied {
 
     int64_t lanes() const { return ceil_div(from.channels, PAIR); }
 
+    // Where part t of `parts` of the pixels that places from row i0 on meet lies in memory: `rows` rows of places, in image n.
+    const T* source(int64_t n, int64_t i0, int64_t rows, int64_t t, int64_t parts) const {
+        constexpr bool COLUMNS = MEMORY == Memory::COLUMNS;
+        const T* first = from.p + n * from.image() + std::max<int64_t>(0, i0 * h.step + h.low) * from.W * from.pixel();
+        int64_t runs = COLUMNS ? 1 : from.channels, run = t * runs / parts, numbers = rows * h.step * from.W * from.pixel();
+        return first + run * from.H * from.W + (t * runs - run * parts) * numbers / parts;
+    }
+
   protected:
     // f(first, last, where number 0 lies or would lie): of `columns` pixels, `step` apart, from (y, x) on, those inside of image n.
     template <class F> void inside(int64_t n, int64_t y, int64_t x, int64_t step, int64_t columns, const F& f) const {

@@ -76,13 +76,15 @@ template <class Micro, class T, Memory MEMORY, class Grid> struct Slide {
         return out;
     }
 
-    // All filters of a bank over the band of rows from i0 on.
-    void band(const Grid& grid, const Bank<T, MEMORY>& bank, const Packed& packed, int64_t g, int64_t n, int64_t i0, int64_t i1) const {
+    struct Band { int64_t n, i0, i1; };  // rows of places of an image
+
+    // All filters of a bank over a band. Meanwhile the pixels of the next one are fetched.
+    void band(const Grid& grid, const Bank<T, MEMORY>& bank, const Packed& packed, int64_t g, const Band& at, const Band& next) const {
         constexpr int64_t DEEP = 1024 / sizeof(Lane) * PAIR;
-        if (i0 >= bank.result.I || bank.result.L == 0) return;
+        if (at.i0 >= bank.result.I || bank.result.L == 0) return;
         int64_t K = packed.K, parts = K <= DEEP * 3 / 2 ? 1 : ceil_div(K, DEEP);
-        int64_t deep = std::max<int64_t>(PAIR, round_up(ceil_div(K, parts), PAIR)), rows = std::min(i1, bank.result.I) - i0;
-        Call call{grid, packed, bank.result.of_group(g, M), g, n, i0, K, deep};
+        int64_t deep = std::max<int64_t>(PAIR, round_up(ceil_div(K, parts), PAIR)), rows = std::min(at.i1, bank.result.I) - at.i0;
+        Call call{grid, packed, bank.result.of_group(g, M), next, g, at.n, at.i0, K, deep};
         if (turned) places_by_filters(call, rows);
         else if constexpr (!Grid::PIXELS) filters_by_places(call, rows);
     }
@@ -92,6 +94,7 @@ template <class Micro, class T, Memory MEMORY, class Grid> struct Slide {
         const Grid& grid;
         const Packed& packed;
         Result<T, MEMORY> result;
+        Band next;
         int64_t g, n, i0, K, deep;
         int depth(int64_t k) const { return int(std::min(deep, K - k)); }
         bool last(int64_t k) const { return k + deep >= K; }
@@ -113,7 +116,11 @@ template <class Micro, class T, Memory MEMORY, class Grid> struct Slide {
                     for (int64_t t = s, j = begin, next; t < end; t++, j = next) {
                         next = first(t + 1);
                         auto met = a.grid.met(a.grid.place(j / L, j % L), a.offset(k));
-                        Micro::tile_at(int(next - j), a.depth(k), met, rows_of(weight, NR), sums + (j - begin) * ld, ld, k > 0, weight);
+                        const void* ahead = weight;
+                        if (m == 0 && k == 0) ahead = a.grid.source(a.next.n, a.next.i0, a.next.i1 - a.next.i0, t, tiles);
+                        if (a.last(k)) a.result.fetch(t - s, end - s, begin, first(end) - begin, a.n, a.i0, m, std::min<int64_t>(NR, M - m));
+                        Micro::tile_at(int(next - j), a.depth(k), met, rows_of(weight, NR), sums + (j - begin) * ld, ld, k > 0,
+                                       static_cast<const E*>(ahead));
                     }
                     if (!a.last(k)) continue;
                     Tile<Sum> all{sums, ld, 0, m, int(first(end) - begin), int(std::min<int64_t>(NR, M - m))};
@@ -160,7 +167,9 @@ void slide(int64_t groups, const Filters<T>& filters, const Images<T, MEMORY>& i
             int64_t g = i / (images.images * bands), n = i / bands % images.images, i0 = i % bands * rows;
             mine.from = images.group(g);
             mine.fill(n, i0);
-            for (size_t b = 0; b < banks.size(); b++) all.band(mine, banks[b], packed[b], g, n, i0, i0 + rows);
+            typename Slide<Micro, T, MEMORY, Grid>::Band now{n, i0, i0 + rows}, next{i0 + rows < I ? n : n + 1, i0 + rows < I ? i0 + rows : 0, 0};
+            next.i1 = next.i0 + rows;
+            for (size_t b = 0; b < banks.size(); b++) all.band(mine, banks[b], packed[b], g, now, next);
         }
     }, double(filters.M) * images.channels * I * L * images.images * groups < SERIAL);
 }
