@@ -25,17 +25,22 @@ template <class T, Memory MEMORY> struct Depthwise {
     int64_t N, channels;
     Stride h, w;
 
-    // put(v, at, lanes): sums of the numbers from `at` on of the result. filter[tap][channel] or, in rows, filter[channel][tap].
+    // put(v, at, c, lanes): sums of the numbers from `at` on of the result, the first of channel c. filter[tap][channel] or, in rows, filter[channel][tap].
     template <class Put> void convolve(const T* x, const C* filter, const Put& put) const {
         if constexpr (MEMORY == Memory::ROWS)
             parallel(N * channels, [&](int64_t i, int64_t end) {
                 for (Plane plane(h, w); i < end; i++) {
+                    int64_t c = i % channels;
                     plane.fill(x + i * h.size * w.size);
-                    convolve_plane(plane, filter + i % channels * h.taps * w.taps, i * h.places * w.places, put);
+                    convolve_plane(plane, filter + c * h.taps * w.taps, c, i * h.places * w.places, put);
                 }
             }, serial());
-        else
-            parallel(N * h.places, [&](int64_t i, int64_t end) { for (; i < end; i++) convolve_row(x, filter, i, put); }, serial());
+        else {
+            std::vector<int64_t> met;  // [place][tap]
+            for (int64_t l = 0; l < round_up(w.places, SIDE_BY_SIDE); l++)
+                for (int64_t s = 0; s < w.taps; s++) met.push_back(w.met(l, s));
+            parallel(N * h.places, [&](int64_t i, int64_t end) { for (; i < end; i++) convolve_row(x, filter, met.data(), i, put); }, serial());
+        }
     }
 
     // dfilter, laid out like the filter: sums over all places of dz, the gradient of the result, times what each tap meets there.
@@ -89,7 +94,7 @@ template <class T, Memory MEMORY> struct Depthwise {
         }
     };
 
-    template <class Put> void convolve_plane(const Plane& plane, const C* filter, int64_t at, const Put& put) const {
+    template <class Put> void convolve_plane(const Plane& plane, const C* filter, int64_t c, int64_t at, const Put& put) const {
         for (int64_t i = 0; i < h.places; i++, at += w.places)
             for (int64_t l = 0; l < w.places; l += SIDE_BY_SIDE * L) {
                 V acc[SIDE_BY_SIDE] = {};
@@ -101,19 +106,19 @@ template <class T, Memory MEMORY> struct Depthwise {
                     }
 #pragma GCC unroll 4
                 for (int v = 0; v < SIDE_BY_SIDE; v++)
-                    if (int64_t left = w.places - l - v * L; left > 0) put(acc[v], at + l + v * L, int(std::min<int64_t>(L, left)));
+                    if (int64_t left = w.places - l - v * L; left > 0) put(acc[v], at + l + v * L, c, int(std::min<int64_t>(L, left)));
             }
     }
 
     // Row `row` of all places of all images. Inside an image all taps of neighbouring places are met.
-    template <class Put> void convolve_row(const T* x, const C* filter, int64_t row, const Put& put) const {
+    template <class Put> void convolve_row(const T* x, const C* filter, const int64_t* met, int64_t row, const Put& put) const {
         int64_t n = row / h.places, i = row % h.places;
-        for (int64_t c = 0; c < channels; c += L)
-            for (int64_t l = 0; l < w.places; l += SIDE_BY_SIDE) {
+        for (int64_t l = 0; l < w.places; l += SIDE_BY_SIDE, met += SIDE_BY_SIDE * w.taps) {
+            int64_t first = l * w.step - w.before, last = first + (SIDE_BY_SIDE - 1) * w.step + (w.taps - 1) * w.dilation;
+            bool inside = w.apart == 1 && first >= 0 && last < w.size;
+            for (int64_t c = 0; c < channels; c += L) {
                 V acc[SIDE_BY_SIDE] = {};
                 int lanes = int(std::min<int64_t>(L, channels - c)), count = int(std::min<int64_t>(SIDE_BY_SIDE, w.places - l));
-                int64_t first = l * w.step - w.before, last = first + (SIDE_BY_SIDE - 1) * w.step + (w.taps - 1) * w.dilation;
-                bool inside = w.apart == 1 && first >= 0 && last < w.size;
                 for (int64_t r = 0; r < h.taps; r++) {
                     int64_t y = h.met(i, r);
                     if (y < 0) continue;
@@ -127,14 +132,15 @@ template <class T, Memory MEMORY> struct Depthwise {
                         } else {
 #pragma GCC unroll 4
                             for (int v = 0; v < SIDE_BY_SIDE; v++)
-                                if (int64_t at = w.met(l + v, s); at >= 0) acc[v] += weight * load(from + at * channels, lanes);
+                                if (int64_t at = met[v * w.taps + s]; at >= 0) acc[v] += weight * load(from + at * channels, lanes);
                         }
                     }
                 }
 #pragma GCC unroll 4
                 for (int v = 0; v < SIDE_BY_SIDE; v++)
-                    if (v < count) put(acc[v], (row * w.places + l + v) * channels + c, lanes);
+                    if (v < count) put(acc[v], (row * w.places + l + v) * channels + c, c, lanes);
             }
+        }
     }
 
     void add_plane(const Plane& plane, const T* dz, bool add, C* sums) const {
@@ -208,8 +214,8 @@ template <class T, Memory MEMORY> struct OwnFilters {
     void forward(const T* x, const T* weight, const T* bias, Activation act, T* y, T* z) const {
         std::vector<S> filters = own_filters<S, MEMORY>(s, weight, false);
         act.with<S>([&](auto value, auto) {
-            to_results().convolve(x, filters.data(), [=, this](vec<S> v, int64_t at, int lanes) {
-                if (bias) v += MEMORY == Memory::ROWS ? set(S(load(bias + at / (s.P * s.Q) % s.O, 1)[0])) : load(bias + at % s.O, lanes);
+            to_results().convolve(x, filters.data(), [=](vec<S> v, int64_t at, int64_t c, int lanes) {
+                if (bias) v += MEMORY == Memory::ROWS ? set(S(load(bias + c, 1)[0])) : load(bias + c, lanes);
                 if (z) store(z + at, v, lanes);
                 store(y + at, value(v), lanes);
             });
@@ -217,7 +223,7 @@ template <class T, Memory MEMORY> struct OwnFilters {
     }
     void input_gradient(const T* dz, const T* weight, T* dx) const {
         std::vector<S> filters = own_filters<S, MEMORY>(s, weight, true);
-        to_inputs().convolve(dz, filters.data(), [=](vec<S> v, int64_t at, int lanes) { store(dx + at, v, lanes); });
+        to_inputs().convolve(dz, filters.data(), [=](vec<S> v, int64_t at, int64_t, int lanes) { store(dx + at, v, lanes); });
     }
     void weight_gradient(const T* dz, const T* x, T* dweight) const {
         int64_t taps = s.R * s.S;
