@@ -21,7 +21,7 @@ struct Stride {
 template <class T, Memory MEMORY> struct Depthwise {
     using C = compute_t<T>;
     using V = vec<C>;
-    static constexpr int L = VL<C>, SIDE_BY_SIDE = 4;
+    static constexpr int L = VL<C>, SIDE_BY_SIDE = 4, TOGETHER = VECTOR_BYTES == 64 ? 8 : 4;
     int64_t N, channels;
     Stride h, w;
 
@@ -37,7 +37,7 @@ template <class T, Memory MEMORY> struct Depthwise {
             }, serial());
         else {
             std::vector<int64_t> met;  // [place][tap]
-            for (int64_t l = 0; l < round_up(w.places, SIDE_BY_SIDE); l++)
+            for (int64_t l = 0; l < w.places; l++)
                 for (int64_t s = 0; s < w.taps; s++) met.push_back(w.met(l, s));
             parallel(N * h.places, [&](int64_t i, int64_t end) { for (; i < end; i++) convolve_row(x, filter, met.data(), i, put); }, serial());
         }
@@ -53,10 +53,20 @@ template <class T, Memory MEMORY> struct Depthwise {
                         add_plane(plane, dz + (n * channels + c) * h.places * w.places, n > 0, dfilter + c * h.taps * w.taps);
                     }
             }, serial());
-        else
-            parallel(ceil_div(channels, L), [&](int64_t b, int64_t end) {
-                for (; b < end; b++) add_columns(x, dz, b * L, int(std::min<int64_t>(L, channels - b * L)), dfilter);
+        else {  // in parts whose number depends on the sizes alone, added in order
+            int64_t rows = N * h.places, parts = std::clamp<int64_t>(rows / 16, 1, 16), size = h.taps * w.taps * channels;
+            std::vector<C> sums(parts * size);
+            std::vector<int64_t> at;
+            for (int64_t s = 0; s < w.taps; s++) at.push_back(s * w.dilation - w.before);
+            Axis along(w.size, w.places, w.step, at);
+            parallel(parts, [&](int64_t i, int64_t end) {
+                for (; i < end; i++)
+                    for (int64_t row = rows * i / parts; row < rows * (i + 1) / parts; row++) add_row(x, dz, along, row, sums.data() + i * size);
             }, serial());
+            std::copy_n(sums.data(), size, dfilter);
+            for (int64_t i = 1; i < parts; i++)
+                for (int64_t k = 0; k < size; k++) dfilter[k] += sums[i * size + k];
+        }
     }
 
   private:
@@ -110,37 +120,39 @@ template <class T, Memory MEMORY> struct Depthwise {
             }
     }
 
-    // Row `row` of all places of all images. Inside an image all taps of neighbouring places are met.
+    // Row `row` of all places of all images.
     template <class Put> void convolve_row(const T* x, const C* filter, const int64_t* met, int64_t row, const Put& put) const {
-        int64_t n = row / h.places, i = row % h.places;
-        for (int64_t l = 0; l < w.places; l += SIDE_BY_SIDE, met += SIDE_BY_SIDE * w.taps) {
-            int64_t first = l * w.step - w.before, last = first + (SIDE_BY_SIDE - 1) * w.step + (w.taps - 1) * w.dilation;
+        for (int64_t l = 0; l < w.places; l += TOGETHER) {
+            int64_t first = l * w.step - w.before, last = first + (TOGETHER - 1) * w.step + (w.taps - 1) * w.dilation, c = 0;
             bool inside = w.apart == 1 && first >= 0 && last < w.size;
-            for (int64_t c = 0; c < channels; c += L) {
-                V acc[SIDE_BY_SIDE] = {};
-                int lanes = int(std::min<int64_t>(L, channels - c)), count = int(std::min<int64_t>(SIDE_BY_SIDE, w.places - l));
-                for (int64_t r = 0; r < h.taps; r++) {
-                    int64_t y = h.met(i, r);
-                    if (y < 0) continue;
-                    const T* from = x + (n * h.size + y) * w.size * channels + c;
-                    for (int64_t s = 0; s < w.taps; s++) {
-                        V weight = load(filter + (r * w.taps + s) * channels + c, lanes);
-                        if (inside) {
-                            const T* at = from + (first + s * w.dilation) * channels;
-#pragma GCC unroll 4
-                            for (int v = 0; v < SIDE_BY_SIDE; v++) acc[v] += weight * load(at + v * w.step * channels, lanes);
-                        } else {
-#pragma GCC unroll 4
-                            for (int v = 0; v < SIDE_BY_SIDE; v++)
-                                if (int64_t at = met[v * w.taps + s]; at >= 0) acc[v] += weight * load(from + at * channels, lanes);
-                        }
-                    }
+            for (; inside && c + L <= channels; c += L) convolve_pixels<true>(x, filter, met, row, l, c, put);
+            for (; c < channels; c += L) convolve_pixels<false>(x, filter, met, row, l, c, put);
+        }
+    }
+    // TOGETHER places of a row. WHOLE: all that their taps meet lies inside the image, and there is a whole vector of channels.
+    template <bool WHOLE, class Put>
+    INLINE void convolve_pixels(const T* x, const C* filter, const int64_t* met, int64_t row, int64_t l, int64_t c, const Put& put) const {
+        int64_t n = row / h.places, i = row % h.places, apart = w.step * channels;
+        int lanes = WHOLE ? L : int(std::min<int64_t>(L, channels - c)), count = int(std::min<int64_t>(TOGETHER, w.places - l));
+        V acc[TOGETHER] = {};
+        for (int64_t r = 0; r < h.taps; r++) {
+            int64_t y = h.met(i, r);
+            if (y < 0) continue;
+            const T* from = x + (n * h.size + y) * w.size * channels + c;
+            const T* at = from + (l * w.step - w.before) * channels;
+            for (int64_t s = 0; s < w.taps; s++, at += w.dilation * channels) {
+                V weight = load(filter + (r * w.taps + s) * channels + c, lanes);
+#pragma GCC unroll 8
+                for (int v = 0; v < TOGETHER; v++) {
+                    if constexpr (WHOLE) acc[v] += weight * load(at + v * apart);
+                    else if (int64_t pixel = v < count ? met[(l + v) * w.taps + s] : -1; pixel >= 0)
+                        acc[v] += weight * load(from + pixel * channels, lanes);
                 }
-#pragma GCC unroll 4
-                for (int v = 0; v < SIDE_BY_SIDE; v++)
-                    if (v < count) put(acc[v], (row * w.places + l + v) * channels + c, c, lanes);
             }
         }
+#pragma GCC unroll 8
+        for (int v = 0; v < TOGETHER; v++)
+            if (WHOLE || v < count) put(acc[v], (row * w.places + l + v) * channels + c, c, lanes);
     }
 
     void add_plane(const Plane& plane, const T* dz, bool add, C* sums) const {
@@ -163,26 +175,40 @@ template <class T, Memory MEMORY> struct Depthwise {
         }
     }
 
-    void add_columns(const T* x, const T* dz, int64_t c, int lanes, C* dfilter) const {
-        int64_t taps = h.taps * w.taps;
-        std::vector<V> acc(taps);
-        for (int64_t row = 0; row < N * h.places; row++)
-            for (int64_t tap = 0; tap < taps; tap++) {
-                int64_t y = h.met(row % h.places, tap / w.taps), start = tap % w.taps * w.dilation - w.before;
-                int64_t l = start < 0 ? ceil_div(-start, w.step) : 0;  // the tap meets start + l * step, inside the image from here
-                int64_t end = start < w.size ? std::min(w.places, ceil_div(w.size - start, w.step)) : 0;
-                if (y < 0) continue;
-                const T* slope = dz + row * w.places * channels + c;
-                const T* from = x + ((row / h.places * h.size + y) * w.size + start) * channels + c;
-                V total[4] = {};
-                auto add = [&](int i, int64_t l) {
-                    total[i] += load(slope + l * channels, lanes) * load(from + l * w.step * channels, lanes);
-                };
-                for (; l + 4 <= end; l += 4) add(0, l), add(1, l + 1), add(2, l + 2), add(3, l + 3);
-                for (; l < end; l++) add(0, l);
-                acc[tap] += (total[0] + total[1]) + (total[2] + total[3]);
+    // sums[tap][channel] += what row `row` of all places of all images adds.
+    void add_row(const T* x, const T* dz, const Axis& along, int64_t row, C* sums) const {
+        constexpr int AT_ONCE = 4;  // taps of a row of the filter, each at two places
+        for (int64_t r = 0; r < h.taps; r++) {
+            int64_t y = h.met(row % h.places, r);
+            if (y < 0) continue;
+            for (int64_t s = 0; s < w.taps; s += AT_ONCE) {
+                int count = int(std::min<int64_t>(AT_ONCE, w.taps - s));
+                int64_t begin = along.first[s], end = along.last[s + count - 1];  // where all of them meet pixels
+                for (int64_t c = 0; c < channels; c += L) {
+                    int lanes = int(std::min<int64_t>(L, channels - c));
+                    const T* slope = dz + row * w.places * channels + c;
+                    const T* from = x + ((row / h.places * h.size + y) * w.size - w.before + s * w.dilation) * channels + c;
+                    V total[2][AT_ONCE] = {};
+                    auto add = [&](int u, int t, int64_t l) INLINE {
+                        total[u][t] += load(slope + l * channels, lanes) * load(from + (l * w.step + t * w.dilation) * channels, lanes);
+                    };
+                    int64_t l = begin;
+                    auto together = [&](auto n) INLINE {
+                        for (; l + 2 <= end; l += 2)
+#pragma GCC unroll 4
+                            for (int t = 0; t < n; t++) add(0, t, l), add(1, t, l + 1);
+                    };
+                    count == 4 ? together(std::integral_constant<int, 4>{}) : count == 3 ? together(std::integral_constant<int, 3>{})
+                        : count == 2 ? together(std::integral_constant<int, 2>{}) : together(std::integral_constant<int, 1>{});
+                    for (int t = 0; t < count; t++) {
+                        for (int64_t j = along.first[s + t]; j < std::min(begin, along.last[s + t]); j++) add(0, t, j);
+                        for (int64_t j = std::max(l, along.first[s + t]); j < along.last[s + t]; j++) add(0, t, j);
+                        C* sum = sums + (r * w.taps + s + t) * channels + c;
+                        store(sum, load(sum, lanes) + total[0][t] + total[1][t], lanes);
+                    }
+                }
             }
-        for (int64_t tap = 0; tap < taps; tap++) store(dfilter + tap * channels + c, acc[tap], lanes);
+        }
     }
 };
 
