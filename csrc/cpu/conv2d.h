@@ -72,7 +72,8 @@ template <class T, Memory MEMORY> struct WeightGradient {
     void run(T* dweight) const {
         if (s.N * s.P * s.Q == 0) std::fill_n(dweight, s.O * s.C1 * taps, T{});
         else if (ON_TILES<T> || Patches<T, MEMORY>{x, s.axis(0), s.axis(1)}.is_matrix()) patches(dweight);
-        else grids(dweight);
+        else if (4 * s.C1 < 3 * round_up(s.C1, Fma<S>::NR)) gathered(dweight);
+        else by_taps(dweight);
     }
 
   private:
@@ -106,53 +107,78 @@ template <class T, Memory MEMORY> struct WeightGradient {
         });
     }
 
-    // By grids: parts of the bands of all images, in order within a part. Few parts of many filters are shared out by filters.
-    void grids(T* dweight) const {
-        using Micro = Fma<S>;
-        bool few = 4 * s.C1 < 3 * round_up(s.C1, Micro::NR);
-        Axis ah = s.axis(0), aw = s.axis(1);
-        Span h{ah.step, ah.at.front(), ah.at.back()}, w{aw.step, aw.at.front(), aw.at.back()};
-        int64_t K = s.C1 * taps, width = round_up(few ? K : s.C1, Micro::NR), size = (few ? 1 : taps) * s.O1 * width;
-        int64_t row = few ? s.Q * width : h.step * w.pixels(s.Q) * width;
-        int64_t most = GRID_BYTES / std::max<int64_t>(row * int64_t(sizeof(S)), 1) - (few ? 0 : (h.high - h.low) / h.step);
-        int64_t rows = std::clamp<int64_t>(most, 1, std::max<int64_t>(s.P, 1)), bands = ceil_div(s.P, rows);
-        int64_t items = s.N * bands, parts = parts_of(items, size), panels = ceil_div(s.O1, Micro::MR);
-        int64_t shares = std::min(ceil_div(threads(), parts * s.groups), panels);
-        Planes<T, MEMORY, S> planes{x, h, w, rows, s.Q};
-        Pixels<T, MEMORY, S> pixels{x, h, w, rows, s.Q, width};
-        std::vector<int64_t> offset;
-        for (int64_t c = 0; c < (few ? s.C1 : 1); c++)
-            for (int64_t at_h : ah.at)
-                for (int64_t at_w : aw.at) {
-                    planes.use(at_h, at_w);
-                    offset.push_back(few ? planes.lane(at_h, at_w, c) : pixels.lane(at_h, at_w, 0));
-                }
-        Tensor memory = empty(scalar_type<S>(), {s.groups, parts, size});
+    static int64_t rows_of(int64_t bytes_in_row, int64_t more, int64_t P) {
+        return std::clamp<int64_t>(GRID_BYTES / std::max<int64_t>(bytes_in_row, 1) - more, 1, std::max<int64_t>(P, 1));
+    }
+    // body(g, part, share, n, i0, height, first) for parts of the bands of all images, in order within a part.
+    template <class Prepare> void each_band(int64_t parts, int64_t shares, int64_t rows, double work, const Prepare& prepare) const {
+        int64_t bands = ceil_div(s.P, rows), items = s.N * bands;
         parallel(s.groups * parts * shares, [&](int64_t i, int64_t end) {
-            auto my_planes = planes;
-            auto my_pixels = pixels;
+            auto body = prepare();
             for (; i < end; i++) {
-                int64_t g = i / (parts * shares), part = i / shares % parts, share = i % shares;
-                int64_t m0 = panels * share / shares * Micro::MR, m1 = std::min(s.O1, panels * (share + 1) / shares * Micro::MR);
-                S* sums = data<S>(memory) + (g * parts + part) * size;
-                my_planes.from = my_pixels.from = x.group(g);
-                for (int64_t first = items * part / parts, item = first; item < items * (part + 1) / parts; item++) {
-                    int64_t n = item / bands, i0 = item % bands * rows, height = std::min(s.P - i0, rows);
-                    std::vector<int64_t> place;
-                    for (int64_t j = 0; j < height * s.Q; j++) place.push_back(few ? j * width : pixels.place(j / s.Q, j % s.Q));
-                    S* met = few ? scratch<S, GATHERED>(height * s.Q * width) : nullptr;
-                    if (few) my_planes.fill(n, i0), my_planes.gather(offset, height, s.Q, width, met);
-                    else my_pixels.fill(n, i0);
-                    slide_back<Micro>(few ? met : my_pixels.p, few ? std::vector<int64_t>{0} : offset, place, width, dz.group(g), m0, m1, n,
-                                      i0, sums, item > first);
+                int64_t g = i / (parts * shares), part = i / shares % parts, first = items * part / parts;
+                for (int64_t item = first; item < items * (part + 1) / parts; item++) {
+                    int64_t i0 = item % bands * rows;
+                    body(g, part, i % shares, item / bands, i0, std::min(s.P - i0, rows), item == first);
                 }
             }
-        }, double(s.N) * s.P * s.Q * size < SERIAL);
-        for (int64_t g = 0; g < s.groups; g++) {
-            S* sums = data<S>(memory) + g * parts * size;
-            if (few) add(g, sums, parts, size, width, width, 1, taps, dweight);
-            else add(g, sums, parts, size, width, width, s.O1 * width, 1, dweight);
+        }, work < SERIAL);
+    }
+
+    // Channels fill vectors: sums[tap][o][c]. Few parts of many filters are shared out by filters.
+    void by_taps(T* dweight) const {
+        using Micro = Fma<S>;
+        Axis ah = s.axis(0), aw = s.axis(1);
+        Span h{ah.step, ah.at.front(), ah.at.back()}, w{aw.step, aw.at.front(), aw.at.back()};
+        int64_t width = round_up(s.C1, Micro::NR), size = taps * s.O1 * width, panels = ceil_div(s.O1, Micro::MR);
+        int64_t rows = rows_of(h.step * w.pixels(s.Q) * width * int64_t(sizeof(S)), (h.high - h.low) / h.step, s.P);
+        int64_t parts = parts_of(s.N * ceil_div(s.P, rows), size), shares = std::min(ceil_div(threads(), parts * s.groups), panels);
+        Pixels<T, MEMORY, S> pixels{x, h, w, rows, s.Q, width};
+        std::vector<int64_t> offset, place;
+        for (int64_t at_h : ah.at) for (int64_t at_w : aw.at) offset.push_back(pixels.lane(at_h, at_w, 0));
+        for (int64_t j = 0; j < rows * s.Q; j++) place.push_back(pixels.place(j / s.Q, j % s.Q));
+        Tensor memory = empty(scalar_type<S>(), {s.groups, parts, size});
+        each_band(parts, shares, rows, double(s.N) * s.P * s.Q * size, [&] {
+            return [&, mine = pixels](int64_t g, int64_t part, int64_t share, int64_t n, int64_t i0, int64_t height, bool first) mutable {
+                int64_t m0 = panels * share / shares * Micro::MR, m1 = std::min(s.O1, panels * (share + 1) / shares * Micro::MR);
+                mine.from = x.group(g), mine.fill(n, i0);
+                slide_back<Micro>(mine.p, offset, place.data(), height * s.Q, width, dz.group(g), m0, m1, n, i0,
+                                  data<S>(memory) + (g * parts + part) * size, !first);
+            };
+        });
+        for (int64_t g = 0; g < s.groups; g++)
+            add(g, data<S>(memory) + g * parts * size, parts, size, width, width, s.O1 * width, 1, dweight);
+    }
+
+    // Channels do not: all k of a place are gathered. sums[o][k] or, where that leaves fewer lanes idle, sums[k][o].
+    void gathered(T* dweight) const {
+        using Micro = Fma<S>;
+        constexpr int NR = Micro::NR;
+        constexpr bool COLUMNS = MEMORY == Memory::COLUMNS;  // k = (tap, c), else (c, tap)
+        Axis ah = s.axis(0), aw = s.axis(1);
+        Span h{ah.step, ah.at.front(), ah.at.back()}, w{aw.step, aw.at.front(), aw.at.back()};
+        int64_t K = s.C1 * taps, kt = COLUMNS ? s.C1 : 1, kc = COLUMNS ? 1 : taps;
+        bool by_k = K * round_up(s.O1, NR) <= s.O1 * round_up(K, NR);
+        int64_t width = round_up(K, by_k ? VL<S> : NR), run = by_k ? round_up(s.O1, NR) : width, size = (by_k ? K : s.O1) * run;
+        int64_t rows = rows_of(s.Q * width * int64_t(sizeof(S)), 0, s.P), parts = parts_of(s.N * ceil_div(s.P, rows), size);
+        std::conditional_t<COLUMNS, Pixels<T, MEMORY, S>, Planes<T, MEMORY, S>> grid{x, h, w, rows, s.Q};
+        std::vector<int64_t> offset(K), place;
+        for (int64_t k = 0; k < K; k++) {
+            int64_t tap = k / kt % taps, at_h = ah.at[tap / s.S], at_w = aw.at[tap % s.S];
+            grid.use(at_h, at_w), offset[k] = grid.lane(at_h, at_w, k / kc % s.C1);
         }
+        for (int64_t j = 0; j < rows * s.Q; j++) place.push_back(j * width);
+        Tensor memory = empty(scalar_type<S>(), {s.groups, parts, size});
+        each_band(parts, 1, rows, double(s.N) * s.P * s.Q * size, [&] {
+            return [&, mine = grid](int64_t g, int64_t part, int64_t, int64_t n, int64_t i0, int64_t height, bool first) mutable {
+                S *sums = data<S>(memory) + (g * parts + part) * size, *met = scratch<S, GATHERED>(height * s.Q * width + VL<S>);
+                mine.from = x.group(g), mine.fill(n, i0), mine.gather(offset, height, s.Q, width, met);
+                if (by_k) slide_back_by_k<Micro>(met, width, K, height * s.Q, dz.group(g), n, i0, sums, !first);
+                else slide_back<Micro>(met, {0}, place.data(), height * s.Q, width, dz.group(g), 0, s.O1, n, i0, sums, !first);
+            };
+        });
+        for (int64_t g = 0; g < s.groups; g++)
+            add(g, data<S>(memory) + g * parts * size, parts, size, run, by_k ? 1 : run, by_k ? kt * run : kt, by_k ? kc * run : kc, dweight);
     }
 
     // dweight of a group: filter o is the sum over the parts; tap t and channel c of it stand at sums[o * so + t * st + c * sc].

@@ -158,8 +158,8 @@ template <class T, Memory MEMORY, class Lane> struct Pixels : Copied<T, MEMORY, 
     int64_t rows, columns, width;
     bool in_place = false;
 
-    Pixels(const Images<T, MEMORY>& from, Span h, Span w, int64_t I, int64_t L, int64_t width)
-        : Base{from, h, w}, rows(h.pixels(I)), columns(w.pixels(L)), width(width) {}
+    Pixels(const Images<T, MEMORY>& from, Span h, Span w, int64_t I, int64_t L, int64_t width = 0)
+        : Base{from, h, w}, rows(h.pixels(I)), columns(w.pixels(L)), width(width ? width : lanes()) {}
     void use(int64_t, int64_t) {}
     int64_t place(int64_t i, int64_t l) const { return (i * h.step * columns + l * w.step) * width; }
     int64_t lane(int64_t at_h, int64_t at_w, int64_t c) const { return ((at_h - h.low) * columns + at_w - w.low) * width + c; }
@@ -182,6 +182,20 @@ template <class T, Memory MEMORY, class Lane> struct Pixels : Copied<T, MEMORY, 
                 std::fill_n(to, first * width, Lane{}), std::fill_n(to + last * width, (columns - last) * width, Lane{});
                 copy_row(to, first, last, pixels);
             });
+    }
+
+    // out[place][k]: what every k meets; `height` rows of `length` places, `apart` numbers to a place. Whole vectors are written.
+    void gather(const std::vector<int64_t>& offset, int64_t height, int64_t length, int64_t apart, Lane* out) const {
+        int64_t K = int64_t(offset.size());
+        std::vector<int64_t> starts{0};  // of runs of k that lie side by side
+        for (int64_t k = 1; k < K; k++)
+            if (offset[k] != offset[k - 1] + 1) starts.push_back(k);
+        starts.push_back(K);
+        for (int64_t i = 0; i < height; i++)
+            for (int64_t l = 0; l < length; l++, out += apart)
+                for (size_t r = 0; r + 1 < starts.size(); r++)
+                    for (int64_t k = starts[r]; k < starts[r + 1]; k += L)
+                        store_raw(out + k, load_raw<vec<Lane>>(p + place(i, l) + offset[starts[r]] + k - starts[r]));
     }
 
   private:

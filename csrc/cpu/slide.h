@@ -195,12 +195,12 @@ void slide(int64_t groups, const Filters<T>& filters, const Images<T, MEMORY>& i
 // sums[tap][m][c] += dz[m][j] met[offset[tap] + place[j] + c] for all places j of a band and filters [m0, m1); `width` numbers to a place.
 // A list of places leaves out what lies between the rows: 0 times a number there would be NaN where the number is infinite.
 template <class Micro, class T, Memory MEMORY>
-void slide_back(const typename Micro::Element* met, const std::vector<int64_t>& offset, const std::vector<int64_t>& place, int64_t width,
+void slide_back(const typename Micro::Element* met, const std::vector<int64_t>& offset, const int64_t* place, int64_t J, int64_t width,
                 const Images<T, MEMORY>& dz, int64_t m0, int64_t m1, int64_t n, int64_t i0, typename Micro::Sum* sums, bool add) {
     using E = typename Micro::Element;
     constexpr int MR = Micro::MR, NR = Micro::NR;
     constexpr int64_t DEEP = 256;
-    int64_t J = int64_t(place.size()), M = dz.channels;
+    int64_t M = dz.channels;
     E* a = scratch<E, 0>(ceil_div(m1 - m0, MR) * J * MR);
     Matrix<T> band{const_cast<T*>(dz.p) + n * dz.image() + i0 * dz.W * dz.pixel(), dz.channel(), dz.pixel()};
     for (int64_t m = m0; m < m1; m += MR)
@@ -214,7 +214,28 @@ void slide_back(const typename Micro::Element* met, const std::vector<int64_t>& 
                 for (int64_t m = m0; m < m1; m += MR) {
                     const E* from = a + (m - m0) * J + j * MR;
                     Micro::tile_at(int(std::min<int64_t>(MR, m1 - m)), int(std::min(DEEP, J - j)), Spaced<E>{from, MR},
-                                   Listed<E>{met + offset[tap] + c, place.data() + j}, sums + (int64_t(tap) * M + m) * width + c, width,
+                                   Listed<E>{met + offset[tap] + c, place + j}, sums + (int64_t(tap) * M + m) * width + c, width,
                                    add || j > 0, from);
                 }
+}
+
+// sums[k][m] += met[j][k] dz[m][j] for K numbers gathered at each of J places, `width` numbers apart.
+template <class Micro, class T, Memory MEMORY>
+void slide_back_by_k(const typename Micro::Element* met, int64_t width, int64_t K, int64_t J, const Images<T, MEMORY>& dz, int64_t n, int64_t i0,
+                     typename Micro::Sum* sums, bool add) {
+    using E = typename Micro::Element;
+    constexpr int MR = Micro::MR, NR = Micro::NR;
+    constexpr int64_t DEEP = 256;
+    int64_t M = dz.channels, ld = round_up(M, NR), tiles = ceil_div(K, MR);
+    E* b = scratch<E, 1>(DEEP * NR);
+    Matrix<T> band{const_cast<T*>(dz.p) + n * dz.image() + i0 * dz.W * dz.pixel(), dz.channel(), dz.pixel()};
+    for (int64_t m = 0; m < M; m += NR)
+        for (int64_t j = 0; j < J; j += DEEP) {
+            int columns = int(std::min<int64_t>(NR, M - m)), kc = int(std::min(DEEP, J - j));
+            Micro::pack_b(read<E>(band, m, columns, j, kc), columns, kc, b);
+            for (int64_t t = 0; t < tiles; t++) {
+                int64_t k = K * t / tiles, rows = K * (t + 1) / tiles - k;
+                Micro::tile_at(int(rows), kc, Spaced<E>{met + j * width + k, width}, Spaced<E>{b, NR}, sums + k * ld + m, ld, add || j > 0, b);
+            }
+        }
 }
