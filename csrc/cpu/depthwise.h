@@ -124,7 +124,7 @@ template <class T, Memory MEMORY> struct Depthwise {
     template <class Put> void convolve_row(const T* x, const C* filter, const int64_t* met, int64_t row, const Put& put) const {
         for (int64_t l = 0; l < w.places; l += TOGETHER) {
             int64_t first = l * w.step - w.before, last = first + (TOGETHER - 1) * w.step + (w.taps - 1) * w.dilation, c = 0;
-            bool inside = w.apart == 1 && first >= 0 && last < w.size;
+            bool inside = w.apart == 1 && first >= 0 && last < w.size && l + TOGETHER <= w.places;
             for (; inside && c + L <= channels; c += L) convolve_pixels<true>(x, filter, met, row, l, c, put);
             for (; c < channels; c += L) convolve_pixels<false>(x, filter, met, row, l, c, put);
         }
@@ -152,7 +152,7 @@ template <class T, Memory MEMORY> struct Depthwise {
         }
 #pragma GCC unroll 8
         for (int v = 0; v < TOGETHER; v++)
-            if (WHOLE || v < count) put(acc[v], (row * w.places + l + v) * channels + c, c, lanes);
+            if (v < count) put(acc[v], (row * w.places + l + v) * channels + c, c, lanes);
     }
 
     void add_plane(const Plane& plane, const T* dz, bool add, C* sums) const {

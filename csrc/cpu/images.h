@@ -247,18 +247,27 @@ template <class T, Memory MEMORY> struct Bank {
 template <class T> struct Filters {
     const T* p;
     int64_t M, sg, sm, sc;
-    // As the rows of A: out[m][k] with the k in the order (c / inner, tap, c % inner); channels that fill up the last `inner` are 0.
-    void arrange(int64_t g, int64_t C, const std::vector<int64_t>& taps, int64_t inner, T* out) const {
+    // As rows [m][k] with the k in the order (c / inner, tap, c % inner), in `memory` if they do not lie so; channels that fill up the last
+    // `inner` are 0.
+    Matrix<T> arranged(int64_t g, int64_t C, const std::vector<int64_t>& taps, int64_t inner, T* memory) const {
         int64_t K = round_up(C, inner) * int64_t(taps.size());
+        bool lie_so = inner == 1 && sc == int64_t(taps.size());
+        for (int64_t t = 0; lie_so && t < sc; t++) lie_so = taps[t] == t;
+        if (lie_so) return {const_cast<T*>(p) + g * sg, sm, 1};
         parallel(M, [&](int64_t m, int64_t end) {
             for (; m < end; m++) {
-                T* to = out + m * K;
+                T* to = memory + m * K;
                 const T* from = p + g * sg + m * sm;
                 for (int64_t c = 0; c < C; c += inner)
-                    for (int64_t tap : taps)
-                        for (int64_t i = 0; i < inner; i++) *to++ = c + i < C ? from[(c + i) * sc + tap] : T{};
+                    for (int64_t tap : taps) {
+                        int64_t n = std::min(inner, C - c);
+                        for (int64_t i = 0; i < n; i++) to[i] = from[(c + i) * sc + tap];
+                        for (int64_t i = n; i < inner; i++) to[i] = T{};
+                        to += inner;
+                    }
             }
         }, M * K <= SERIAL_NUMBERS);
+        return {memory, K, 1};
     }
 };
 

@@ -86,8 +86,7 @@ void multiply_patches(int64_t groups, const Filters<T>& filters, const Images<T,
     each_group(groups, [&](int64_t g, int64_t threads) {
         Patches<T, MEMORY> patches{images.group(g), bank.h, bank.w};
         Result<T, MEMORY> result = bank.result.of_group(g, M);
-        Matrix<T> weight{data<T>(memory) + g * M * K, K, 1};
-        filters.arrange(g, C, bank.taps, patches.order(), weight.p);
+        Matrix<T> weight = filters.arranged(g, C, bank.taps, patches.order(), data<T>(memory) + g * M * K);
         auto A = [&](int64_t r0, int rows, int64_t k0, int kc) { return read<E>(weight, r0, rows, k0, kc); };
         auto B = [&](int64_t r0, int rows, int64_t k0, int kc) { return patches.template read<E>(r0, rows, k0, kc); };
         auto write = [&](const auto& t) { result.write(t, result.place(t.n)); };

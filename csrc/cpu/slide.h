@@ -55,10 +55,9 @@ template <class Micro, class T, Memory MEMORY, class Grid> struct Slide {
         int64_t lanes = grid.lanes(), K = PAIR * lanes * int64_t(bank.taps.size()), panels = ceil_div(M, width);
         int64_t inner = Grid::PIXELS ? lanes : 1;  // k = (c / inner, tap, c % inner)
         Packed out{{}, K, empty(scalar_type<E>(), {groups * panels, Micro::panel(width, K)})};
-        Tensor arranged = empty(scalar_type<T>(), {M, K});
-        Matrix<T> weight{data<T>(arranged), K, 1};
+        Tensor memory = empty(scalar_type<T>(), {M, K});
         for (int64_t g = 0; g < groups; g++) {
-            filters.arrange(g, grid.from.channels, bank.taps, PAIR * inner, weight.p);
+            Matrix<T> weight = filters.arranged(g, grid.from.channels, bank.taps, PAIR * inner, data<T>(memory));
             parallel(panels, [&](int64_t i, int64_t end) {
                 constexpr int64_t DEPTH = 128;
                 for (; i < end; i++)
@@ -103,7 +102,7 @@ template <class Micro, class T, Memory MEMORY, class Grid> struct Slide {
 
     // Each row of places is cut into tiles of about the same height, so that none of them is low. Sums of a strip lie in the order of places.
     void places_by_filters(const Call& a, int64_t rows) const {
-        constexpr int64_t STRIP = 4 * NR / MR;  // tiles
+        constexpr int64_t STRIP = 8;  // tiles; of 14 places they end where a line of the cache does
         int64_t L = a.result.L, cuts = ceil_div(L, MR), tiles = rows * cuts, ld = a.K <= a.deep ? NR : round_up(M, NR) + VL<Sum>;
         auto first = [&](int64_t t) { return t / cuts * L + t % cuts * L / cuts; };  // place of tile t
         Sum* strip = scratch<Sum, 2>(STRIP * MR * ld);
