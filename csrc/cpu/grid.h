@@ -26,6 +26,7 @@ template <class T, Memory MEMORY, class Lane> struct Copied {
     static constexpr int PAIR = std::is_same_v<Lane, uint32_t> ? 2 : 1, L = VL<Lane>;
     Images<T, MEMORY> from;
     Span h, w;
+    int64_t images = 1;  // whose bands are held at a time, one behind the other
     Lane* p = nullptr;
 
     int64_t lanes() const { return ceil_div(from.channels, PAIR); }
@@ -84,7 +85,7 @@ template <class T, Memory MEMORY, class Lane> struct Copied {
 
 template <class T, Memory MEMORY, class Lane> struct Planes : Copied<T, MEMORY, Lane> {
     using Base = Copied<T, MEMORY, Lane>;
-    using Base::from, Base::h, Base::w, Base::p, Base::lanes, Base::L;
+    using Base::from, Base::h, Base::w, Base::images, Base::p, Base::lanes, Base::L;
     static constexpr bool PIXELS = false;
     int64_t rows, columns;  // of one remainder
     std::set<std::pair<int64_t, int64_t>> used;  // remainders that a tap meets
@@ -94,6 +95,7 @@ template <class T, Memory MEMORY, class Lane> struct Planes : Copied<T, MEMORY, 
     void use(int64_t at_h, int64_t at_w) { used.insert({h.remainder(at_h), w.remainder(at_w)}); }
     int64_t area() const { return rows * columns; }
     int64_t plane() const { return h.step * w.step * area(); }
+    int64_t size() const { return lanes() * plane(); }
     int64_t place(int64_t i, int64_t l) const { return i * columns + l; }
     int64_t lane(int64_t at_h, int64_t at_w, int64_t c) const {  // of the first place
         return c * plane() + (h.remainder(at_h) * w.step + w.remainder(at_w)) * area() + h.whole(at_h) * columns + w.whole(at_w);
@@ -101,11 +103,29 @@ template <class T, Memory MEMORY, class Lane> struct Planes : Copied<T, MEMORY, 
     Listed<Lane> met(int64_t place, const int64_t* offset) const { return {p + place, offset}; }
 
     void fill(int64_t n, int64_t i0) {  // i0: the band's first row of places
-        p = scratch<Lane, GRID>(lanes() * plane() + 4 * L);
+        p = scratch<Lane, GRID>(images * size() + 4 * L);
+        for (int64_t i = 0; i < images; i++) fill_one(n + i, i0, p + i * size());
+    }
+    // out[place][k]: what every k meets; `height` rows of `length` places, `width` numbers to a place.
+    void gather(const std::vector<int64_t>& offset, int64_t height, int64_t length, int64_t width, Lane* out) const {
+        int64_t K = int64_t(offset.size());
+        for (int64_t i = 0; i < height; i++, out += length * width)
+            for (int64_t k = 0; k < width; k += L)
+                for (int64_t l = 0; l < length; l += L) {
+                    vec<Lane> square[L];
+                    for (int r = 0; r < L; r++)
+                        square[r] = k + r < K ? load_raw<vec<Lane>>(p + offset[k + r] + i * columns + l) : vec<Lane>{};
+                    transpose(square);
+                    for (int r = 0; r < std::min<int64_t>(L, length - l); r++) this->store_lanes(out + (l + r) * width + k, square[r], L);
+                }
+    }
+
+  private:
+    void fill_one(int64_t n, int64_t i0, Lane* band) const {
         constexpr int AT_ONCE = MEMORY == Memory::COLUMNS ? L : 1;
         for (int64_t c = 0; c < lanes(); c += AT_ONCE)
             each_row(n, i0, [&](int64_t row, int64_t first, int64_t last, const T* pixels) {
-                Lane* to = p + c * plane() + row;
+                Lane* to = band + c * plane() + row;
                 if constexpr (MEMORY == Memory::ROWS) {
                     this->clear_lanes(to, first);
                     for (int64_t l = first; l < last; l += L)
@@ -124,22 +144,6 @@ template <class T, Memory MEMORY, class Lane> struct Planes : Copied<T, MEMORY, 
                 }
             });
     }
-
-    // out[place][k]: what every k meets; `height` rows of `length` places, `width` numbers to a place.
-    void gather(const std::vector<int64_t>& offset, int64_t height, int64_t length, int64_t width, Lane* out) const {
-        int64_t K = int64_t(offset.size());
-        for (int64_t i = 0; i < height; i++, out += length * width)
-            for (int64_t k = 0; k < width; k += L)
-                for (int64_t l = 0; l < length; l += L) {
-                    vec<Lane> square[L];
-                    for (int r = 0; r < L; r++)
-                        square[r] = k + r < K ? load_raw<vec<Lane>>(p + offset[k + r] + i * columns + l) : vec<Lane>{};
-                    transpose(square);
-                    for (int r = 0; r < std::min<int64_t>(L, length - l); r++) this->store_lanes(out + (l + r) * width + k, square[r], L);
-                }
-    }
-
-  private:
     // f(offset of the row, its first and last number inside the image, where number 0 lies or would lie)
     template <class F> void each_row(int64_t n, int64_t i0, const F& f) const {
         for (auto [a, b] : used)
@@ -153,7 +157,7 @@ template <class T, Memory MEMORY, class Lane> struct Planes : Copied<T, MEMORY, 
 // `width` lanes to a pixel, of which those behind the channels are 0. Where no tap leaves the image, it can be read where it lies.
 template <class T, Memory MEMORY, class Lane> struct Pixels : Copied<T, MEMORY, Lane> {
     using Base = Copied<T, MEMORY, Lane>;
-    using Base::from, Base::h, Base::w, Base::p, Base::lanes, Base::L, Base::PAIR;
+    using Base::from, Base::h, Base::w, Base::images, Base::p, Base::lanes, Base::L, Base::PAIR;
     static constexpr bool PIXELS = true;
     int64_t rows, columns, width;
     bool in_place = false;
@@ -161,6 +165,7 @@ template <class T, Memory MEMORY, class Lane> struct Pixels : Copied<T, MEMORY, 
     Pixels(const Images<T, MEMORY>& from, Span h, Span w, int64_t I, int64_t L, int64_t width = 0)
         : Base{from, h, w}, rows(h.pixels(I)), columns(w.pixels(L)), width(width ? width : lanes()) {}
     void use(int64_t, int64_t) {}
+    int64_t size() const { return in_place ? from.image() / PAIR : rows * columns * width; }
     int64_t place(int64_t i, int64_t l) const { return (i * h.step * columns + l * w.step) * width; }
     int64_t lane(int64_t at_h, int64_t at_w, int64_t c) const { return ((at_h - h.low) * columns + at_w - w.low) * width + c; }
     Scattered<Lane> met(int64_t place, const int64_t* offset) const { return {p + place, offset, w.step * width}; }
@@ -175,9 +180,9 @@ template <class T, Memory MEMORY, class Lane> struct Pixels : Copied<T, MEMORY, 
     void fill(int64_t n, int64_t i0) {  // i0: the band's first row of places
         const T* image = from.p + n * from.image();
         if (in_place) return void(p = (Lane*)(image + ((i0 * h.step + h.low) * from.W + w.low) * from.pixel()));
-        p = scratch<Lane, GRID>(rows * columns * width + 4 * L);
-        for (int64_t u = 0; u < rows; u++)
-            this->inside(n, i0 * h.step + h.low + u, w.low, 1, columns, [&](int64_t first, int64_t last, const T* pixels) {
+        p = scratch<Lane, GRID>(images * size() + 4 * L);
+        for (int64_t u = 0; u < images * rows; u++)
+            this->inside(n + u / rows, i0 * h.step + h.low + u % rows, w.low, 1, columns, [&](int64_t first, int64_t last, const T* pixels) {
                 Lane* to = p + u * columns * width;
                 std::fill_n(to, first * width, Lane{}), std::fill_n(to + last * width, (columns - last) * width, Lane{});
                 copy_row(to, first, last, pixels);

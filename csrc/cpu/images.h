@@ -243,10 +243,10 @@ template <class T, Memory MEMORY> struct Bank {
     }
 };
 
-// Filters in memory: channel c of filter m of group g begins at p[g * sg + m * sm + c * sc].
+// Filters in memory: the taps of channel c of filter m of group g lie at p[g * sg + m * sm + c * sc].
 template <class T> struct Filters {
     const T* p;
-    int64_t M, sg, sm, sc;
+    int64_t M, sg, sm, sc, taps;
     // As rows [m][k] with the k in the order (c / inner, tap, c % inner), in `memory` if they do not lie so; channels that fill up the last
     // `inner` are 0.
     Matrix<T> arranged(int64_t g, int64_t C, const std::vector<int64_t>& taps, int64_t inner, T* memory) const {

@@ -20,6 +20,13 @@ inline int64_t rows_in_band(const Span& h, int64_t bytes_in_row, int64_t I, int6
     return ceil_div(I, std::max<int64_t>(bands, 1));
 }
 
+// Small images are taken several at a time, so that a panel of filters meets enough places to be worth fetching.
+inline int64_t images_together(int64_t places, int64_t bytes, int64_t images) {
+    constexpr int64_t ENOUGH = 128;
+    int64_t most = std::min(2 * GRID_BYTES / std::max<int64_t>(bytes, 1), ceil_div(images, threads()));
+    return std::clamp<int64_t>(ceil_div(ENOUGH, std::max<int64_t>(places, 1)), 1, std::max<int64_t>(most, 1));
+}
+
 template <class T, Memory MEMORY> std::pair<Span, Span> spans(const std::vector<Bank<T, MEMORY>>& banks) {
     auto span = [&](auto axis) {
         Span s{axis(banks[0]).step, 0, 0};
@@ -55,17 +62,16 @@ template <class Micro, class T, Memory MEMORY, class Grid> struct Slide {
         int64_t lanes = grid.lanes(), K = PAIR * lanes * int64_t(bank.taps.size()), panels = ceil_div(M, width);
         int64_t inner = Grid::PIXELS ? lanes : 1;  // k = (c / inner, tap, c % inner)
         Packed out{{}, K, empty(scalar_type<E>(), {groups * panels, Micro::panel(width, K)})};
-        Tensor memory = empty(scalar_type<T>(), {M, K});
+        Tensor memory = empty(scalar_type<T>(), {PAIR > 1 ? M : 0, K});
         for (int64_t g = 0; g < groups; g++) {
-            Matrix<T> weight = filters.arranged(g, grid.from.channels, bank.taps, PAIR * inner, data<T>(memory));
+            Matrix<T> weight{};
+            if constexpr (PAIR > 1) weight = filters.arranged(g, grid.from.channels, bank.taps, PAIR * inner, data<T>(memory));
             parallel(panels, [&](int64_t i, int64_t end) {
-                constexpr int64_t DEPTH = 128;
-                for (; i < end; i++)
-                    for (int64_t k = 0; k < K; k += DEPTH) {
-                        int count = int(std::min<int64_t>(width, M - i * width)), kc = int(std::min(DEPTH, K - k));
-                        Block<E> block = read<E>(weight, i * width, count, k, kc);
-                        (turned ? Micro::pack_b : Micro::pack_a)(block, count, kc, panel(out, g, i * width, k));
-                    }
+                for (; i < end; i++) {
+                    int count = int(std::min<int64_t>(width, M - i * width));
+                    if constexpr (PAIR > 1) pack_arranged(weight, i * width, count, K, panel(out, g, i * width, 0));
+                    else pack_taps(filters, g, i * width, count, grid.from.channels, bank.taps, inner, panel(out, g, i * width, 0));
+                }
             }, M * K <= SERIAL_NUMBERS);
         }
         for (int64_t c = 0; c < lanes; c += inner)
@@ -75,7 +81,7 @@ template <class Micro, class T, Memory MEMORY, class Grid> struct Slide {
         return out;
     }
 
-    struct Band { int64_t n, i0, i1; };  // rows of places of an image
+    struct Band { int64_t n, i0, i1; };  // rows of places of an image, or of as many as a grid holds
 
     // All filters of a bank over a band. Meanwhile the pixels of the next one are fetched.
     void band(const Grid& grid, const Bank<T, MEMORY>& bank, const Packed& packed, int64_t g, const Band& at, const Band& next) const {
@@ -89,6 +95,33 @@ template <class Micro, class T, Memory MEMORY, class Grid> struct Slide {
     }
 
   private:
+    void pack_one(Block<E> block, int count, int kc, E* panel) const { (turned ? Micro::pack_b : Micro::pack_a)(block, count, kc, panel); }
+
+    void pack_arranged(const Matrix<T>& weight, int64_t m, int count, int64_t K, E* panel) const {
+        constexpr int64_t DEPTH = 128;
+        for (int64_t k = 0; k < K; k += DEPTH) {
+            int kc = int(std::min(DEPTH, K - k));
+            pack_one(read<E>(weight, m, count, k, kc), count, kc, panel + k * width);
+        }
+    }
+    // Channel by channel (or several, where they follow one another), all taps as they lie; those of the bank go to their place.
+    void pack_taps(const Filters<T>& filters, int64_t g, int64_t m, int count, int64_t C, const std::vector<int64_t>& taps, int64_t inner,
+                   E* panel) const {
+        int64_t together = filters.sc == filters.taps ? std::max<int64_t>(1, 128 / filters.taps) : 1;
+        E* some = scratch<E, 1>(together * filters.taps * width);
+        for (int64_t c0 = 0; c0 < C; c0 += together) {
+            int64_t channels = std::min(together, C - c0);
+            Matrix<T> weight{const_cast<T*>(filters.p) + g * filters.sg + m * filters.sm + c0 * filters.sc, filters.sm, 1};
+            int kc = int(channels * filters.taps);
+            pack_one(read<E>(weight, 0, count, 0, kc), count, kc, some);
+            for (int64_t c = c0; c < c0 + channels; c++)
+                for (size_t t = 0; t < taps.size(); t++) {
+                    E* to = panel + (c / inner * inner * int64_t(taps.size()) + int64_t(t) * inner + c % inner) * width;
+                    std::copy_n(some + ((c - c0) * filters.taps + taps[t]) * width, width, to);
+                }
+        }
+    }
+
     struct Call {
         const Grid& grid;
         const Packed& packed;
@@ -102,19 +135,19 @@ template <class Micro, class T, Memory MEMORY, class Grid> struct Slide {
 
     // Each row of places is cut into tiles of about the same height, so that none of them is low. Sums of a strip lie in the order of places.
     void places_by_filters(const Call& a, int64_t rows) const {
-        constexpr int64_t STRIP = 8;  // tiles; of 14 places they end where a line of the cache does
-        int64_t L = a.result.L, cuts = ceil_div(L, MR), tiles = rows * cuts, ld = a.K <= a.deep ? NR : round_up(M, NR) + VL<Sum>;
+        constexpr int64_t PLACES = 8 * MR;  // in a strip: those of 8 tiles of 14 end where a line of the cache does
+        int64_t L = a.result.L, cuts = ceil_div(L, MR), tiles = a.grid.images * rows * cuts, in_strip = PLACES * cuts / L, ld = a.K <= a.deep ? NR : round_up(M, NR) + VL<Sum>;
         auto first = [&](int64_t t) { return t / cuts * L + t % cuts * L / cuts; };  // place of tile t
-        Sum* strip = scratch<Sum, 2>(STRIP * MR * ld);
-        for (int64_t s = 0; s < tiles; s += STRIP)
+        Sum* strip = scratch<Sum, 2>(PLACES * ld);
+        for (int64_t s = 0; s < tiles; s += in_strip)
             for (int64_t k = 0; k == 0 || k < a.K; k += a.deep)
                 for (int64_t m = 0; m < M; m += NR) {
                     const E* weight = panel(a.packed, a.g, m, k);
-                    int64_t begin = first(s), end = std::min(tiles, s + STRIP);
+                    int64_t begin = first(s), end = std::min(tiles, s + in_strip), n = a.n + begin / L / rows;
                     Sum* sums = strip + (a.K <= a.deep ? 0 : m);
                     for (int64_t t = s, j = begin, next; t < end; t++, j = next) {
                         next = first(t + 1);
-                        auto met = a.grid.met(a.grid.place(j / L, j % L), a.offset(k));
+                        auto met = a.grid.met(j / L / rows * a.grid.size() + a.grid.place(j / L % rows, j % L), a.offset(k));
                         const void* ahead = weight;
                         if (m == 0 && k == 0) ahead = a.grid.source(a.next.n, a.next.i0, a.next.i1 - a.next.i0, t, tiles);
                         if (a.last(k)) a.result.fetch(t - s, end - s, begin, first(end) - begin, a.n, a.i0, m, std::min<int64_t>(NR, M - m));
@@ -123,7 +156,7 @@ template <class Micro, class T, Memory MEMORY, class Grid> struct Slide {
                     }
                     if (!a.last(k)) continue;
                     Tile<Sum> all{sums, ld, 0, m, int(first(end) - begin), int(std::min<int64_t>(NR, M - m))};
-                    a.result.write_places(all, {a.n, a.i0 + begin / L, begin % L});
+                    a.result.write_places(all, {n, a.i0 + begin / L % rows, begin % L});
                 }
     }
 
@@ -133,15 +166,16 @@ template <class Micro, class T, Memory MEMORY, class Grid> struct Slide {
         int64_t pitch = a.grid.columns, J = (rows - 1) * pitch + a.result.L, ld = a.K <= a.deep ? NR : STRIP + VL<Sum>;
         alignas(64) Sum spare[MR * NR];
         Sum* partial = a.K <= a.deep ? nullptr : scratch<Sum, 2>(round_up(M, MR) * ld);
-        for (int64_t s = 0; s < J; s += STRIP)
+        for (int64_t n = 0; n < a.grid.images; n++)
+          for (int64_t s = 0; s < J; s += STRIP)
             for (int64_t k = 0; k == 0 || k < a.K; k += a.deep)
                 for (int64_t j = s; j < std::min(J, s + STRIP); j += NR)
                     for (int64_t m = 0; m < M; m += MR) {
                         const E *weight = panel(a.packed, a.g, m, k), *next = m + MR < M ? panel(a.packed, a.g, m + MR, k) : weight;
                         int filters = int(std::min<int64_t>(MR, M - m)), places = int(std::min<int64_t>(NR, J - j));
                         Sum* sums = partial ? partial + m * ld + j - s : spare;
-                        Micro::tile_at(filters, a.depth(k), rows_of(weight, MR), a.grid.met(j, a.offset(k)), sums, ld, k > 0, next);
-                        if (a.last(k)) a.result.write(Tile<Sum>{sums, ld, m, 0, filters, places}, {a.n, a.i0 + j / pitch, j % pitch});
+                        Micro::tile_at(filters, a.depth(k), rows_of(weight, MR), a.grid.met(n * a.grid.size() + j, a.offset(k)), sums, ld, k > 0, next);
+                        if (a.last(k)) a.result.write(Tile<Sum>{sums, ld, m, 0, filters, places}, {a.n + n, a.i0 + j / pitch, j % pitch});
                     }
     }
 };
@@ -157,17 +191,19 @@ void slide(int64_t groups, const Filters<T>& filters, const Images<T, MEMORY>& i
             for (int64_t at_w : bank.w.at) grid.use(at_h, at_w);
     }
     int64_t bands = ceil_div(I, std::max<int64_t>(rows, 1));
+    if (bands == 1) grid.images = images_together(I * L, grid.size() * int64_t(sizeof(typename Micro::Lane)), images.images);
+    int64_t steps = ceil_div(images.images, grid.images);
     Slide<Micro, T, MEMORY, Grid> all{groups, filters.M, turned};
     std::vector<typename Slide<Micro, T, MEMORY, Grid>::Packed> packed;
     for (const auto& bank : banks) packed.push_back(all.pack(filters, bank, grid));
-    parallel(groups * images.images * bands, [&](int64_t i, int64_t end) {
+    parallel(groups * steps * bands, [&](int64_t i, int64_t end) {
         Grid mine = grid;
         for (; i < end; i++) {
-            int64_t g = i / (images.images * bands), n = i / bands % images.images, i0 = i % bands * rows;
-            mine.from = images.group(g);
+            int64_t g = i / (steps * bands), n = i / bands % steps * grid.images, i0 = i % bands * rows;
+            mine.from = images.group(g), mine.images = std::min(grid.images, images.images - n);
             mine.fill(n, i0);
-            typename Slide<Micro, T, MEMORY, Grid>::Band now{n, i0, i0 + rows}, next{i0 + rows < I ? n : n + 1, i0 + rows < I ? i0 + rows : 0, 0};
-            next.i1 = next.i0 + rows;
+            typename Slide<Micro, T, MEMORY, Grid>::Band now{n, i0, i0 + rows}, next{n, i0 + rows, i0 + 2 * rows};
+            if (next.i0 >= I) next = {n + mine.images, 0, rows};
             for (size_t b = 0; b < banks.size(); b++) all.band(mine, banks[b], packed[b], g, now, next);
         }
     }, double(filters.M) * images.channels * I * L * images.images * groups < SERIAL);
