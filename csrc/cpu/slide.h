@@ -104,18 +104,20 @@ template <class Micro, class T, Memory MEMORY, class Grid> struct Slide {
             pack_one(read<E>(weight, m, count, k, kc), count, kc, panel + k * width);
         }
     }
-    // Channel by channel (or several, where they follow one another), all taps as they lie; those of the bank go to their place.
+    // A few channels at a time, with all taps as they lie; those of the bank go to their place.
     void pack_taps(const Filters<T>& filters, int64_t g, int64_t m, int count, int64_t C, const std::vector<int64_t>& taps, int64_t inner,
                    E* panel) const {
-        int64_t together = filters.sc == filters.taps ? std::max<int64_t>(1, 128 / filters.taps) : 1;
-        E* some = scratch<E, 1>(together * filters.taps * width);
-        for (int64_t c0 = 0; c0 < C; c0 += together) {
-            int64_t channels = std::min(together, C - c0);
-            Matrix<T> weight{const_cast<T*>(filters.p) + g * filters.sg + m * filters.sm + c0 * filters.sc, filters.sm, 1};
-            int kc = int(channels * filters.taps);
-            pack_one(read<E>(weight, 0, count, 0, kc), count, kc, some);
-            for (int64_t c = c0; c < c0 + channels; c++)
-                for (size_t t = 0; t < taps.size(); t++) {
+        int64_t few = std::max<int64_t>(1, 128 / filters.taps), follow = filters.sc == filters.taps ? few : 1;
+        E* some = scratch<E, 1>(few * filters.taps * width);
+        for (int64_t c0 = 0, end; c0 < C; c0 = end) {
+            end = std::min(C, c0 + few);
+            for (int64_t c = c0; c < end; c += follow) {
+                Matrix<T> weight{const_cast<T*>(filters.p) + g * filters.sg + m * filters.sm + c * filters.sc, filters.sm, 1};
+                int kc = int(std::min(follow, end - c) * filters.taps);
+                pack_one(read<E>(weight, 0, count, 0, kc), count, kc, some + (c - c0) * filters.taps * width);
+            }
+            for (size_t t = 0; t < taps.size(); t++)
+                for (int64_t c = c0; c < end; c++) {
                     E* to = panel + (c / inner * inner * int64_t(taps.size()) + int64_t(t) * inner + c % inner) * width;
                     std::copy_n(some + ((c - c0) * filters.taps + taps[t]) * width, width, to);
                 }
