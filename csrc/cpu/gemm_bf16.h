@@ -86,7 +86,7 @@ template <class E> struct PairDot {
             for (int i = 0; i < R; i++)
 #pragma GCC unroll 8
                 for (int j = 0; j < NV; j++)
-                    acc[i][j] = dot_pairs(acc[i][j], pairs{} + column[i * a.apart], load_raw<pairs>(row + j * VL<float>));
+                    acc[i][j] = dot_pairs(acc[i][j], pairs{} + a.of(column, i), load_raw<pairs>(row + j * VL<float>));
         }
         put(acc, c, ldc, add);
     }

@@ -107,24 +107,24 @@ template <class Micro, class A, class B, int... R> auto tile_for(int rows, std::
     static constexpr decltype(&Micro::template tile_of<1, A, B>) table[] = {&Micro::template tile_of<R + 1, A, B>...};
     return table[rows - 1];
 }
-// Where the numbers for k begin: at equal distances, as in a panel, or wherever a list says. They lie side by side or `apart`.
+// Where the numbers for k begin: at equal distances, as in a panel, or wherever a list says. They lie side by side or wherever another does.
 template <class E> struct Spaced {
     const E* p;
     int64_t step;
-    static constexpr int64_t apart = 1;
     const E* operator[](int k) const { return p + k * step; }
+    static E of(const E* column, int i) { return column[i]; }
 };
 template <class E> struct Listed {
     const E* p;
     const int64_t* offset;
-    static constexpr int64_t apart = 1;
     const E* operator[](int k) const { return p + offset[k]; }
+    static E of(const E* column, int i) { return column[i]; }
 };
 template <class E> struct Scattered {  // for A: one number is taken at a time
     const E* p;
-    const int64_t* offset;
-    int64_t apart;
+    const int64_t *offset, *place;
     const E* operator[](int k) const { return p + offset[k]; }
+    E of(const E* column, int i) const { return column[place[i]]; }
 };
 
 template <class E> struct Fma {
@@ -154,7 +154,7 @@ template <class E> struct Fma {
 #pragma GCC unroll 16
             for (int i = 0; i < R; i++)
 #pragma GCC unroll 8
-                for (int j = 0; j < NV; j++) acc[i][j] += set(column[i * a.apart]) * bk[j];
+                for (int j = 0; j < NV; j++) acc[i][j] += set(a.of(column, i)) * bk[j];
         }
         put(acc, c, ldc, add);
     }

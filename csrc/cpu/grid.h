@@ -100,7 +100,6 @@ template <class T, Memory MEMORY, class Lane> struct Planes : Copied<T, MEMORY, 
     int64_t lane(int64_t at_h, int64_t at_w, int64_t c) const {  // of the first place
         return c * plane() + (h.remainder(at_h) * w.step + w.remainder(at_w)) * area() + h.whole(at_h) * columns + w.whole(at_w);
     }
-    Listed<Lane> met(int64_t place, const int64_t* offset) const { return {p + place, offset}; }
 
     void fill(int64_t n, int64_t i0) {  // i0: the band's first row of places
         p = scratch<Lane, GRID>(images * size() + 4 * L);
@@ -168,7 +167,6 @@ template <class T, Memory MEMORY, class Lane> struct Pixels : Copied<T, MEMORY, 
     int64_t size() const { return in_place ? from.image() / PAIR : rows * columns * width; }
     int64_t place(int64_t i, int64_t l) const { return (i * h.step * columns + l * w.step) * width; }
     int64_t lane(int64_t at_h, int64_t at_w, int64_t c) const { return ((at_h - h.low) * columns + at_w - w.low) * width + c; }
-    Scattered<Lane> met(int64_t place, const int64_t* offset) const { return {p + place, offset, w.step * width}; }
 
     // Whether places up to (I, L) can be met in the image itself, which then takes the place of the copy.
     bool use_image(int64_t I, int64_t L) {

@@ -129,14 +129,14 @@ template <class T, Memory MEMORY> struct Result {
     }
     Place place(int64_t j) const { return {j / (I * pitch), j / pitch % I, j % pitch}; }
 
-    // Bring the memory of part t of `parts` of what will be written into the L2 cache: `places` from `place` on of image n, rows from i0 on.
-    void fetch(int64_t t, int64_t parts, int64_t place, int64_t places, int64_t n, int64_t i0, int64_t m, int64_t channels) const {
+    // Bring the memory that part t of `parts` of a tile of places x channels will be written to into the caches.
+    template <class S> void fetch(int64_t t, int64_t parts, Place at, const Tile<S>& tile) const {
         if (to.past_caches || W != L || step_h != 1) return;
         constexpr bool COLUMNS = MEMORY == Memory::COLUMNS;
-        int64_t rows = COLUMNS ? places : channels, length = (COLUMNS ? channels : places) * int64_t(sizeof(T)), pixel = i0 * L + place;
-        T* first = y + (COLUMNS ? (n * H * W + pixel) * all_channels + m : (n * all_channels + m) * H * W + pixel);
+        int64_t rows = COLUMNS ? tile.rows : tile.columns, bytes = (COLUMNS ? tile.columns : tile.rows) * int64_t(sizeof(T)), pixel = at.i * L + at.l;
+        T* first = y + (COLUMNS ? (at.n * H * W + pixel) * all_channels + tile.n : (at.n * all_channels + tile.n) * H * W + pixel);
         for (int64_t r = rows * t / parts; r < rows * (t + 1) / parts; r++)
-            for (int64_t b = 0; b < length; b += 64)
+            for (int64_t b = 0; b < bytes; b += 64)
                 __builtin_prefetch(reinterpret_cast<char*>(first + r * (COLUMNS ? all_channels : H * W)) + b, 1, 3);
     }
     // A tile of channels x places, the first of them at `at`.

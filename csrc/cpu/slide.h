@@ -60,7 +60,7 @@ template <class Micro, class T, Memory MEMORY, class Grid> struct Slide {
 
     Packed pack(const Filters<T>& filters, const Bank<T, MEMORY>& bank, const Grid& grid) const {
         int64_t lanes = grid.lanes(), K = PAIR * lanes * int64_t(bank.taps.size()), panels = ceil_div(M, width);
-        int64_t inner = Grid::PIXELS ? lanes : 1;  // k = (c / inner, tap, c % inner)
+        int64_t inner = !Grid::PIXELS ? 1 : lanes % 16 ? lanes : 16;  // k = (c / inner, tap, c % inner)
         Packed out{{}, K, empty(scalar_type<E>(), {groups * panels, Micro::panel(width, K)})};
         Tensor memory = empty(scalar_type<T>(), {PAIR > 1 ? M : 0, K});
         for (int64_t g = 0; g < groups; g++) {
@@ -135,31 +135,33 @@ template <class Micro, class T, Memory MEMORY, class Grid> struct Slide {
         const int64_t* offset(int64_t k) const { return packed.offset.data() + k / PAIR; }
     };
 
-    // Each row of places is cut into tiles of about the same height, so that none of them is low. Sums of a strip lie in the order of places.
+    // Tiles of any places that follow one another, over rows and images.
     void places_by_filters(const Call& a, int64_t rows) const {
         constexpr int64_t PLACES = 8 * MR;  // in a strip: those of 8 tiles of 14 end where a line of the cache does
-        int64_t L = a.result.L, cuts = ceil_div(L, MR), tiles = a.grid.images * rows * cuts, in_strip = PLACES * cuts / L, ld = a.K <= a.deep ? NR : round_up(M, NR) + VL<Sum>;
-        auto first = [&](int64_t t) { return t / cuts * L + t % cuts * L / cuts; };  // place of tile t
+        int64_t L = a.result.L, total = a.grid.images * rows * L, ld = a.K <= a.deep ? NR : round_up(M, NR) + VL<Sum>, where[PLACES];
         Sum* strip = scratch<Sum, 2>(PLACES * ld);
-        for (int64_t s = 0; s < tiles; s += in_strip)
+        for (int64_t s = 0; s < total; s += PLACES) {
+            int64_t count = std::min(PLACES, total - s), tiles = ceil_div(count, MR), n = s / L / rows, i = s / L % rows, l = s % L;
+            Place first{a.n + n, a.i0 + i, l};
+            for (int64_t j = 0; j < count; j++) {
+                where[j] = n * a.grid.size() + a.grid.place(i, l);
+                if (++l == L) l = 0, ++i == rows ? (i = 0, n++) : 0;
+            }
             for (int64_t k = 0; k == 0 || k < a.K; k += a.deep)
                 for (int64_t m = 0; m < M; m += NR) {
                     const E* weight = panel(a.packed, a.g, m, k);
-                    int64_t begin = first(s), end = std::min(tiles, s + in_strip), n = a.n + begin / L / rows;
-                    Sum* sums = strip + (a.K <= a.deep ? 0 : m);
-                    for (int64_t t = s, j = begin, next; t < end; t++, j = next) {
-                        next = first(t + 1);
-                        auto met = a.grid.met(j / L / rows * a.grid.size() + a.grid.place(j / L % rows, j % L), a.offset(k));
+                    Tile<Sum> all{strip + (a.K <= a.deep ? 0 : m), ld, 0, m, int(count), int(std::min<int64_t>(NR, M - m))};
+                    for (int64_t t = 0; t < tiles; t++) {
+                        int64_t j = count * t / tiles, places = count * (t + 1) / tiles - j;
                         const void* ahead = weight;
-                        if (m == 0 && k == 0) ahead = a.grid.source(a.next.n, a.next.i0, a.next.i1 - a.next.i0, t, tiles);
-                        if (a.last(k)) a.result.fetch(t - s, end - s, begin, first(end) - begin, a.n, a.i0, m, std::min<int64_t>(NR, M - m));
-                        Micro::tile_at(int(next - j), a.depth(k), met, rows_of(weight, NR), sums + (j - begin) * ld, ld, k > 0,
-                                       static_cast<const E*>(ahead));
+                        if (m == 0 && k == 0) ahead = a.grid.source(a.next.n, a.next.i0, a.next.i1 - a.next.i0, s + j, total);
+                        if (a.last(k)) a.result.fetch(t, tiles, first, all);
+                        Micro::tile_at(int(places), a.depth(k), Scattered<Lane>{a.grid.p, a.offset(k), where + j}, rows_of(weight, NR),
+                                       const_cast<Sum*>(all.p) + j * ld, ld, k > 0, static_cast<const E*>(ahead));
                     }
-                    if (!a.last(k)) continue;
-                    Tile<Sum> all{sums, ld, 0, m, int(first(end) - begin), int(std::min<int64_t>(NR, M - m))};
-                    a.result.write_places(all, {n, a.i0 + begin / L % rows, begin % L});
+                    if (a.last(k)) a.result.write_places(all, first);
                 }
+        }
     }
 
     // The rows of places as one long row, with what lies between them.
@@ -176,7 +178,7 @@ template <class Micro, class T, Memory MEMORY, class Grid> struct Slide {
                         const E *weight = panel(a.packed, a.g, m, k), *next = m + MR < M ? panel(a.packed, a.g, m + MR, k) : weight;
                         int filters = int(std::min<int64_t>(MR, M - m)), places = int(std::min<int64_t>(NR, J - j));
                         Sum* sums = partial ? partial + m * ld + j - s : spare;
-                        Micro::tile_at(filters, a.depth(k), rows_of(weight, MR), a.grid.met(n * a.grid.size() + j, a.offset(k)), sums, ld, k > 0, next);
+                        Micro::tile_at(filters, a.depth(k), rows_of(weight, MR), Listed<Lane>{a.grid.p + n * a.grid.size() + j, a.offset(k)}, sums, ld, k > 0, next);
                         if (a.last(k)) a.result.write(Tile<Sum>{sums, ld, m, 0, filters, places}, {a.n + n, a.i0 + j / pitch, j % pitch});
                     }
     }
