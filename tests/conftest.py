@@ -8,9 +8,7 @@ import pytest
 import torch
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    from interpreter import make_lean
-
-    make_lean()
+    import interpreter  # noqa: F401
 
 
 @pytest.fixture(autouse=True)

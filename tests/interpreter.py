@@ -1,8 +1,8 @@
-"""Triton's interpreter without the half of its time that it spends on nothing; what it computes stays the same in every bit.
+"""Importing this takes out of Triton's interpreter half of its time, which goes into nothing; what it computes stays the same in every bit.
 
-It replaces the functions of ``triton.language`` by its own when a kernel starts, which is needed, and again at every call of a function
-inside, which is needed once per kernel. And around every sum and product of integers it computes whether they overflow, for an assertion
-that exists in its debug mode alone.
+When a kernel starts, and at every call of a function inside it, the interpreter replaces the functions of ``triton.language`` by its own,
+and puts the old ones back at the end; in a process where every kernel is interpreted they may stay. And around sums and products of
+integers it computes whether they overflow, for an assertion that exists in its debug mode alone.
 """
 
 from __future__ import annotations
@@ -12,25 +12,18 @@ from typing import Any
 
 from triton.runtime import interpreter
 
+_replace_language = interpreter._patch_lang
+_seen: set[Any] = set()
 
-def make_lean() -> None:
-    builder, patch = interpreter.interpreter_builder, interpreter._patch_lang
-    inside: set[Any] = set()
-    if not builder.options.debug:
-        builder.options = replace(builder.options, sanitize_overflow=False)
 
-    class Executor(interpreter.GridExecutor):
-        """Runs the programs of one start of a kernel."""
+def _replace_language_once(function: Any) -> Any:
+    """Returns what would put the old functions back: nothing."""
+    if function not in _seen:
+        _seen.add(function)
+        _replace_language(function)
+    return interpreter._LangPatchScope()
 
-        def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            inside.clear()
-            return super().__call__(*args, **kwargs)
 
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """A function called by a kernel."""
-        if self.fn not in inside:
-            patch(self.fn)
-            inside.add(self.fn)
-        return self.rewrite()(*args, **kwargs)
-
-    interpreter.GridExecutor, interpreter.InterpretedFunction.__call__ = Executor, call
+interpreter._patch_lang = _replace_language_once
+if not interpreter.interpreter_builder.options.debug:
+    interpreter.interpreter_builder.options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)

@@ -20,7 +20,7 @@ from torch import Tensor
 import dlkernels
 from dlkernels import OPS, assembly, show
 from dlkernels.backend import TRITON_ON_CPU
-from dlkernels.bench import suite
+from dlkernels.bench import limits, suite
 from dlkernels.bench.optimizers import OPTIMIZERS
 from dlkernels.cli import run
 from dlkernels.models import MODELS
@@ -30,11 +30,14 @@ FAST = replace(suite.QUICK, min_seconds=0.0, min_samples=3, max_seconds=0.1)
 
 @pytest.fixture
 def one_op(monkeypatch: pytest.MonkeyPatch) -> str:
-    """No optimizer, and only linear_relu, at one small size, timed hastily."""
+    """No optimizer, and only linear_relu, at one small size, timed hastily, as the machine is."""
     small = replace(
         OPS["linear_relu"], samples=[{"M": 3, "K": 5, "N": 7}], bench=[{"M": 8, "K": 16, "N": 8}], quick=[{"M": 8, "K": 16, "N": 8}]
     )
     monkeypatch.setattr(suite, "MODES", dict.fromkeys(suite.MODES, FAST))
+    for seconds in ("FULL_SECONDS", "QUICK_SECONDS"):
+        monkeypatch.setattr(limits, seconds, 0.3)
+    monkeypatch.setattr(limits, "_measured", {})
     _only(monkeypatch, small)
     return small.name
 
