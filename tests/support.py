@@ -28,6 +28,9 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 Args = tuple[Any, ...]
 Results = dict[str, Tensor]
 
+if TRITON_ON_CPU:
+    import interpreter  # noqa: F401
+
 SMALL = TRITON_ON_CPU  # the Triton interpreter runs a program per millisecond: small sizes only
 DTYPES = [dtype for dtype in FLOATS if not (SMALL and dtype == torch.bfloat16)]  # and its bfloat16 is wrong
 

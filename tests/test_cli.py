@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor
 import dlkernels
 from dlkernels import OPS, assembly, show
 from dlkernels.backend import TRITON_ON_CPU
-from dlkernels.bench import suite
+from dlkernels.bench import limits, suite
 from dlkernels.bench.optimizers import OPTIMIZERS
 from dlkernels.cli import run
 from dlkernels.models import MODELS
@@ -30,11 +31,13 @@ FAST = replace(suite.QUICK, min_seconds=0.0, min_samples=3, max_seconds=0.1)
 
 @pytest.fixture
 def one_op(monkeypatch: pytest.MonkeyPatch) -> str:
-    """No optimizer, and only linear_relu, at one small size, timed hastily."""
-    small = replace(
-        OPS["linear_relu"], samples=[{"M": 3, "K": 5, "N": 7}], bench=[{"M": 8, "K": 16, "N": 8}], quick=[{"M": 8, "K": 16, "N": 8}]
-    )
+    """No optimizer, and only linear_relu, at one small size, timed hastily, as the machine is."""
+    size = {"M": 8, "K": 16, "N": 8}
+    small = replace(OPS["linear_relu"], samples=[{"M": 3, "K": 5, "N": 7}], bench=[size], quick=[size], tiny=[])
     monkeypatch.setattr(suite, "MODES", dict.fromkeys(suite.MODES, FAST))
+    for seconds in ("FULL_SECONDS", "QUICK_SECONDS"):
+        monkeypatch.setattr(limits, seconds, 0.3)
+    monkeypatch.setattr(limits, "_measured", {})
     _only(monkeypatch, small)
     return small.name
 
@@ -173,7 +176,9 @@ def test_bench_does_not_count_a_wrong_result(wrong_op: str, capsys: pytest.Captu
 @pytest.mark.slow
 def test_ctrl_c_keeps_what_is_finished(tmp_path: Path) -> None:
     file = tmp_path / "results.json"
-    command = [*COMMAND, "bench", "linear_relu", "--full", "--no-compile", "--dtype", "float32", "--device", "cpu", "--json", str(file)]
+    hasty = "from dlkernels.bench import limits; limits.FULL_SECONDS = 0.3; from dlkernels.cli import main; main()"
+    options = ["--full", "--no-compile", "--dtype", "float32", "--device", "cpu", "--json", str(file)]
+    command = [sys.executable, "-c", hasty, "bench", "linear_relu", *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
     deadline = time.monotonic() + 100
     while time.monotonic() < deadline and not (file.exists() and json.loads(file.read_text())["bench"]):

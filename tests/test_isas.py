@@ -20,9 +20,12 @@ INSIDE = "DLKERNELS_TESTS_OF_ONE_ISA"  # set in the processes started here, so t
 pytestmark = pytest.mark.skipif(SMALL or INSIDE in os.environ, reason="this process is one of those that this file starts")
 
 
-def run_marked(**environment: str) -> str:
-    """Run the tests marked `isa` in a child process and return its last lines; fail with its output where one fails."""
-    files = [str(path) for path in sorted(HERE.glob("test_*.py")) if "mark.isa" in path.read_text()]
+FILES = [path.name for path in sorted(HERE.glob("test_*.py")) if "mark.isa" in path.read_text()]
+
+
+def run_marked(names: list[str], **environment: str) -> str:
+    """Run the tests marked `isa` of some files in a child process and return its last lines; fail with its output where one fails."""
+    files = [str(HERE / name) for name in names]
     command = ["-m", "pytest", "-q", "-x", "-m", "isa", "-p", "no:cacheprovider", "-c", str(HERE.parent / "pyproject.toml"), *files]
     child = run_child(command, timeout=1500, **environment, **{INSIDE: "1"})
     assert child.returncode == 0, child.stdout[-6000:] + child.stderr[-2000:]
@@ -33,14 +36,17 @@ def run_marked(**environment: str) -> str:
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("isa", [isa for isa in backend.supported_isas() if isa != backend.isa()] if not SMALL else [])
 def test_isa(isa: str) -> None:
-    assert " passed" in run_marked(DLKERNELS_ISA=isa)
+    assert " passed" in run_marked(FILES, DLKERNELS_ISA=isa)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_triton_interpreter() -> None:
+@pytest.mark.parametrize("generic", [True, False], ids=["every op", "each op"])
+def test_triton_interpreter(generic: bool) -> None:
+    """In two parts, of equal length."""
     pytest.importorskip("triton")
-    assert " passed" in run_marked(TRITON_INTERPRET="1", DLKERNELS_BACKEND="triton")
+    names = [name for name in FILES if (name == "test_ops.py") == generic]
+    assert " passed" in run_marked(names, TRITON_INTERPRET="1", DLKERNELS_BACKEND="triton")
 
 
 def test_the_forced_isa_is_the_one_in_use() -> None:

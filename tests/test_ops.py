@@ -169,7 +169,7 @@ def assert_same_places(op: Op, args: Args, dys: Args, what: str) -> None:
 
 @pytest.mark.isa
 @each_op
-@each_dtype
+@each_dtype_if_fast
 def test_twenty_runs_give_the_same_bits(op: Op, dtype: torch.dtype) -> None:
     args = arguments(op, largest(op), dtype)
     dys = cotangents(op, args)
@@ -180,6 +180,7 @@ def test_twenty_runs_give_the_same_bits(op: Op, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.isa
+@pytest.mark.skipif(SMALL, reason="the interpreter has one thread")
 @each_op
 @each_dtype
 def test_two_threads_are_as_accurate(op: Op, dtype: torch.dtype) -> None:
