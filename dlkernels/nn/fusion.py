@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
+from typing import Any
 
 import torch
 import torch.fx
@@ -52,31 +53,35 @@ def fuse_conv_bn(model: torch.nn.Module) -> GraphModule:
     if training:
         raise ValueError(f"model must be in evaluation mode, and {training[0]} is in training mode: call model.eval() first")
     root = copy.deepcopy(model)
-    fused = GraphModule(root, _Tracer(autowrap_modules=(math, F)).trace(root), type(model).__name__)
+    fused = GraphModule(root, _Tracer().trace(root), type(model).__name__)
     calls = Counter(node.target for node in fused.graph.nodes if node.op == "call_module")
     for node in fused.graph.nodes:
         if _is(node, CONVOLUTIONS) and calls[node.target] == 1:
             _fuse_one(fused, node)
     fused.delete_all_unused_submodules()
     fused.recompile()
-    return fused
+    return fused.eval()  # the containers are new ones
 
 
 class _Tracer(torch.fx.Tracer):
-    """Follows the calls of modules down to those without children: layers, whoever wrote them."""
+    """Follows the calls of modules down to those without children, layers, whoever wrote them; and sees our functions as one call each."""
+
+    def __init__(self) -> None:
+        super().__init__(autowrap_modules=(math, F))  # type: ignore[arg-type]
 
     def is_leaf_module(self, m: torch.nn.Module, module_qualified_name: str) -> bool:
         return next(m.children(), None) is None or super().is_leaf_module(m, module_qualified_name)
 
 
-def _layer(node: Node) -> torch.nn.Module | None:
-    return node.graph.owning_module.get_submodule(node.target) if node.op == "call_module" else None  # type: ignore[union-attr,arg-type]
+def _layer(node: Node) -> Any:
+    """The layer that ``node`` calls, or None where it does something else."""
+    return node.graph.owning_module.get_submodule(str(node.target)) if node.op == "call_module" else None  # type: ignore[union-attr]
 
 
 def _is(node: Node, types: tuple[type, ...]) -> bool:
     """Whether ``node`` calls a layer of just these types without hooks, which may change anything (weight_norm is one)."""
     layer = _layer(node)
-    return type(layer) in types and not (layer._forward_hooks or layer._forward_pre_hooks)  # type: ignore[union-attr]
+    return type(layer) in types and not (layer._forward_hooks or layer._forward_pre_hooks)
 
 
 def _next(node: Node) -> Node:
@@ -87,14 +92,14 @@ def _next(node: Node) -> Node:
 def _fuse_one(model: GraphModule, node: Node) -> None:
     """The convolution that ``node`` calls takes over its batch norm and its ReLU, as far as they are there."""
     conv, norm, relu = _layer(node), _next(node), False
-    assert isinstance(conv, torch.nn.Conv2d)
     if _is(norm, BATCH_NORMS):
         bn = _layer(norm)
-        assert isinstance(bn, torch.nn.BatchNorm2d)
-        _check(str(node.target), conv, str(norm.target), bn)
-        conv.weight, conv.bias = fuse_conv_bn_weights(
-            conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias  # type: ignore[arg-type]
-        )  # fmt: skip
+        if bn.running_mean is None or bn.running_var is None:
+            raise ValueError(f"{norm.target} has no running statistics (track_running_stats=False), so there is nothing constant to fold")
+        if conv.out_channels != bn.num_features:
+            raise ValueError(f"{node.target} has {conv.out_channels} output channels, {norm.target} behind it takes {bn.num_features}")
+        statistics = bn.running_mean, bn.running_var, bn.eps
+        conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics, bn.weight, bn.bias)
         relu = isinstance(bn, BatchNormReLU2d)
         _remove(model, norm, node)
     after = _next(node)
@@ -102,13 +107,6 @@ def _fuse_one(model: GraphModule, node: Node) -> None:
         relu = True
         _remove(model, after, node)
     conv.__class__ = ConvReLU2d if relu else Conv2d  # they differ from torch's in nothing but forward
-
-
-def _check(conv_name: str, conv: torch.nn.Conv2d, bn_name: str, bn: torch.nn.BatchNorm2d) -> None:
-    if bn.running_mean is None or bn.running_var is None:
-        raise ValueError(f"{bn_name} has no running statistics (track_running_stats=False), so there is nothing constant to fold")
-    if conv.out_channels != bn.num_features:
-        raise ValueError(f"{conv_name} has {conv.out_channels} output channels, {bn_name} behind it takes {bn.num_features}")
 
 
 def _remove(model: GraphModule, node: Node, instead: Node) -> None:
