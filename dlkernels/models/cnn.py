@@ -58,7 +58,7 @@ SPECS = [
         build=lambda nn: CNN(in_channels=1, nn=nn),
         batch=lambda: random_batch((64, 1, 28, 28), 10),
         data=data.digits_images,
-        epochs=8,
+        epochs=10,
         lr=1e-3,
         weight_decay=0.1,
     ),
