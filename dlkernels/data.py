@@ -1,7 +1,9 @@
-"""Real data for the teaching models: 1797 handwritten digits, 8 x 8 pixels, written by 13 people.
+"""Real data for the teaching models, out of packages, so that nothing is downloaded.
 
-The digits come with scikit-learn, so nothing is downloaded. Source: the test part of E. Alpaydin and C. Kaynak, "Optical
-Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998.
+digits*   1797 handwritten digits, 8 x 8 pixels, written by 13 people; with scikit-learn. Source: the test part of E. Alpaydin and
+          C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998.
+faces     100 faces and 100 pieces of photographs without one, 25 x 25 pixels; with scikit-image. Source: G. B. Huang et al., "Labeled
+          Faces in the Wild", 2007.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Split:
-    """Features ``x`` float32 [M, K] and class numbers ``y`` int64 [M], to learn from and to be judged by."""
+    """Features ``x`` float32 [M, K] or [M, C, H, W] and class numbers ``y`` int64 [M], to learn from and to be judged by."""
 
     x_train: Tensor
     y_train: Tensor
@@ -57,6 +59,32 @@ def digits_28x28(seed: int = 0) -> Split:
 
     small = digits(seed)
     return Split(enlarge(small.x_train), small.y_train, enlarge(small.x_val), small.y_val)
+
+
+def digits_images(seed: int = 0) -> Split:
+    """``digits_28x28`` as images of one channel, [M, 1, 28, 28]."""
+    rows = digits_28x28(seed)
+    return Split(rows.x_train.view(-1, 1, 28, 28), rows.y_train, rows.x_val.view(-1, 1, 28, 28), rows.y_val)
+
+
+@lru_cache(maxsize=4)
+def faces(seed: int = 0, held_out: int = 50) -> Split:
+    """Is it a face (1) or not (0)? Grey images [M, 1, 25, 25] in [0, 1]; of each class ``held_out`` are held out.
+
+    A face seen in the mirror is a face, so those to learn from are there twice, the second time mirrored.
+
+    Raises ``ImportError`` when scikit-image is missing.
+    """
+    try:
+        from skimage.data import lfw_subset
+    except ImportError as error:
+        raise ImportError("the faces come with scikit-image, which is missing: pip install dlkernels[course]") from error
+    faces, others = torch.tensor(lfw_subset(), dtype=torch.float32).unsqueeze(1).chunk(2)
+    order = torch.randperm(len(faces), generator=torch.Generator().manual_seed(seed))
+    learn, judge = order[held_out:], order[:held_out]
+    x_train, x_val = torch.cat([others[learn], faces[learn]]), torch.cat([others[judge], faces[judge]])
+    y_train, y_val = torch.arange(2).repeat_interleave(len(learn)), torch.arange(2).repeat_interleave(len(judge))
+    return Split(torch.cat([x_train, x_train.flip(-1)]), y_train.repeat(2), x_val, y_val)
 
 
 def digits_even_odd(components: int = 20, seed: int = 0) -> Split:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +16,14 @@ import dlkernels.train
 from dlkernels import data
 from dlkernels.bench.timing import Interrupted
 from dlkernels.models import MODELS, ModelSpec
-from dlkernels.models.mlp import MLP, PlainMLP, linear_relu
+from dlkernels.models.cnn import CNN
+from dlkernels.models.layers import TWINS, fused
+from dlkernels.models.mlp import MLP, PlainMLP, parameter_count
+from dlkernels.models.resnet import ResNet
 from dlkernels.train import FIRST_STEPS, compare, train
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+pytest.importorskip("skimage", reason="the faces come with scikit-image")
 
 specs = pytest.mark.parametrize("spec", MODELS.values(), ids=MODELS.keys())
 
@@ -58,7 +63,7 @@ def test_state_dict_moves_between_the_worlds(spec: ModelSpec) -> None:
 
 @specs
 def test_ours_runs_on_our_kernels(spec: ModelSpec) -> None:
-    """Every matrix product in our graph is an operation of ours; native's graph has none."""
+    """Every product and every convolution in our graph is an operation of ours; native's graph has none."""
 
     def graph(model: torch.nn.Module) -> list[str]:
         todo, seen = [model(spec.batch()[0]).grad_fn], {}
@@ -70,17 +75,18 @@ def test_ours_runs_on_our_kernels(spec: ModelSpec) -> None:
         return list(seen.values())
 
     ours, native = (graph(model) for model in built_twice(spec))
-    layers = sum(isinstance(m, torch.nn.Linear) for m in spec.build(torch.nn).modules())
-    assert native.count("AddmmBackward0") == layers
-    assert "AddmmBackward0" not in ours
-    assert sum(name.startswith("_Linear") for name in ours) == layers
+    for layer, theirs, mine in ((torch.nn.Linear, "AddmmBackward0", "_Linear"), (torch.nn.Conv2d, "ConvolutionBackward0", "_Conv2d")):
+        layers = sum(isinstance(m, layer) for m in spec.build(torch.nn).modules())
+        assert native.count(theirs) == layers
+        assert theirs not in ours
+        assert sum(name.startswith(mine) for name in ours) == layers
 
 
 @specs
-def test_learns_to_97_percent(spec: ModelSpec) -> None:
+def test_learns(spec: ModelSpec) -> None:
     history = train(spec, progress=False)
     assert len(history.val_accuracy) == spec.epochs
-    assert history.val_accuracy[-1] >= 0.97
+    assert history.val_accuracy[-1] >= (0.985 if spec.name == "cnn" else 0.97)
     assert history.train_loss[-1] < 0.2 * history.train_loss[0]
 
 
@@ -91,18 +97,52 @@ def without_dropout(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
+def first_losses(spec: ModelSpec, nn: Any, dtype: torch.dtype) -> Tensor:
+    """Of one epoch without dropout, whose masks are not the same in the two worlds."""
+    plain = dataclasses.replace(spec, build=lambda nn: without_dropout(spec.build(nn)))
+    losses = train(plain, nn, epochs=1, dtype=dtype, progress=False).first_losses
+    assert len(losses) >= 20
+    return torch.tensor(losses, dtype=torch.float64)
+
+
 @specs
 def test_same_curve_as_native(spec: ModelSpec) -> None:
-    """Both follow the float64 run; ours strays from it no further than the design's rule allows beside native's own error. Without
-    dropout, whose masks are not the same in the two worlds."""
-    build = spec.build
-    spec = dataclasses.replace(spec, build=lambda nn: without_dropout(build(nn)))
-    exact = torch.tensor(train(spec, torch.nn, epochs=1, dtype=torch.float64, progress=False).first_losses)
-    native = torch.tensor(train(spec, torch.nn, epochs=1, progress=False).first_losses)
-    ours = torch.tensor(train(spec, epochs=1, progress=False).first_losses)
-    native_error, our_error = (native - exact).abs().max(), (ours - exact).abs().max()
-    assert len(exact) >= 20
+    """In float64, whose rounding an epoch does not make visible even where a step goes another way for a difference in the last bit."""
+    ours, native = (first_losses(spec, nn, torch.float64) for nn in (dlkernels.nn, torch.nn))
+    torch.testing.assert_close(ours, native, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["mlp", "mlp_plain", "mlp_even_odd"])
+def test_float32_strays_no_further_than_native(name: str) -> None:
+    """Both follow the float64 run; ours strays from it no further than the design's rule allows beside native's own error.
+
+    Not so convolutional networks: which of two nearly equal numbers is the largest of a window, and whether one is above 0, is decided
+    by rounding somewhere in every epoch, in either world; what they can be held to is the next test.
+    """
+    spec = MODELS[name]
+    exact = first_losses(spec, torch.nn, torch.float64)
+    native_error, our_error = ((first_losses(spec, nn, torch.float32) - exact).abs().max() for nn in (torch.nn, dlkernels.nn))
     assert our_error <= 2 * native_error + 1e-5 * exact.abs().max(), f"ours {our_error:.1e}, native {native_error:.1e}"
+
+
+@specs
+def test_gradients_are_as_exact_as_natives(spec: ModelSpec) -> None:
+    """Of the first step. A gradient that is zero but for rounding, a bias in front of a batch norm, is measured against the largest."""
+
+    def gradients(nn: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+        torch.manual_seed(7)
+        model = without_dropout(spec.build(nn)).to(dtype)
+        x, y = spec.batch()
+        spec.loss(nn)(model(x.to(dtype)), y).backward()
+        return {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
+
+    exact, native, ours = (gradients(nn, dtype) for nn, dtype in (
+        (torch.nn, torch.float64), (torch.nn, torch.float32), (dlkernels.nn, torch.float32)))  # fmt: skip
+    largest = max(g.abs().max() for g in exact.values())
+    assert len(exact) == len(ours) == len(list(spec.build(torch.nn).parameters()))
+    for name, g in exact.items():
+        our_error, native_error = ((some[name] - g).abs().max() for some in (ours, native))
+        assert our_error <= 2 * native_error + 1e-5 * largest, f"{name}: ours {our_error:.1e}, native {native_error:.1e}"
 
 
 def test_a_run_repeats_bit_for_bit_and_leaves_the_random_numbers_alone() -> None:
@@ -183,25 +223,111 @@ def test_the_other_two_data_sets_are_the_same_digits() -> None:
     assert torch.equal(even_odd.y_val, small.y_val % 2)
 
 
-def test_missing_scikit_learn_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    data.digits.cache_clear()
+def test_digits_as_images_are_the_same_rows() -> None:
+    assert torch.equal(data.digits_images().x_val.flatten(1), data.digits_28x28().x_val)
+
+
+def test_faces_are_shared_out_and_mirrored_for_learning_alone() -> None:
+    split = data.faces()
+    assert (split.x_train.shape, split.x_val.shape) == ((200, 1, 25, 25), (100, 1, 25, 25))
+    assert (split.x_train.min(), split.x_train.max()) == (0, 1)
+    assert split.y_train.bincount().tolist() == [100, 100]
+    assert split.y_val.bincount().tolist() == [50, 50]
+    assert torch.equal(split.x_train[:100].flip(-1), split.x_train[100:])
+    seen = {tuple(image.flatten().tolist()) for image in split.x_train}
+    assert not any(tuple(image.flatten().tolist()) in seen for image in split.x_val)
+
+
+@pytest.mark.parametrize(("module", "load"), [("sklearn.datasets", data.digits), ("skimage.data", data.faces)])
+def test_missing_package_says_what_to_install(module: str, load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    load.cache_clear()
     with pytest.raises(ImportError, match=r"pip install dlkernels\[course\]"):
-        data.digits()
+        load()
 
 
-def test_native_twin_of_linear_relu() -> None:
-    layer, x = linear_relu(torch.nn, 5, 3), torch.randn(4, 5)
-    assert isinstance(layer, torch.nn.Linear)
-    assert torch.equal(layer(x), torch.relu(torch.nn.functional.linear(x, layer.weight, layer.bias)))
-    assert type(linear_relu(dlkernels.nn, 5, 3)) is dlkernels.nn.LinearReLU
+@pytest.mark.parametrize(
+    ("name", "sizes", "x"),
+    [
+        ("LinearReLU", (5, 3), torch.randn(4, 5)),
+        ("ConvReLU2d", (2, 3, 3), torch.randn(4, 2, 5, 6)),
+        ("BatchNormReLU2d", (3,), torch.randn(4, 3, 5, 6)),
+    ],
+)
+def test_twins_of_fused_layers(name: str, sizes: tuple[int, ...], x: Tensor) -> None:
+    ours, native = fused(dlkernels.nn, name, *sizes), fused(torch.nn, name, *sizes)
+    assert (type(ours), type(native)) == (getattr(dlkernels.nn, name), TWINS[name])
+    plain = getattr(torch.nn, name.replace("ReLU", ""))(*sizes)
+    for layer in (ours, plain):
+        layer.load_state_dict(native.state_dict())
+    assert torch.equal(native(x), torch.relu(plain(x)))
+    torch.testing.assert_close(ours(x), native(x))
 
 
 @pytest.mark.parametrize("model", [MLP, PlainMLP])
-@pytest.mark.parametrize("sizes", [(0, [4], 2), (4, [-1], 2), (4, [3], 0), (4, [2.5], 1)])
-def test_bad_sizes_are_named(model: type, sizes: tuple) -> None:
-    with pytest.raises(ValueError, match="in_dim, hidden and out_dim must be positive integers, got"):
+@pytest.mark.parametrize(("sizes", "name"), [((0, [4], 2), "in_dim"), ((4, [-1], 2), "hidden"), ((4, [3], 0), "out_dim"),
+                                             ((4, [2.5], 1), "hidden")])  # fmt: skip
+def test_bad_sizes_are_named(model: type, sizes: tuple, name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be .*positive integers?, got"):
         model(*sizes)
+
+
+def test_bad_sizes_of_images_are_named() -> None:
+    with pytest.raises(ValueError, match=r"widths must be positive integers, got \[32, 0\]"):
+        CNN(widths=[32, 0])
+    with pytest.raises(ValueError, match="num_classes must be a positive integer, got -1"):
+        ResNet(num_classes=-1)
+    with pytest.raises(ValueError, match=r"each of the four stages, got \[2, 2\]"):
+        ResNet([2, 2])
+
+
+def resnet18_entries() -> dict[str, tuple[int, ...]]:
+    """torchvision's resnet18: what its state_dict holds, by the rule of the architecture."""
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def convolution(name: str, norm: str, C: int, O: int, R: int) -> None:
+        shapes[f"{name}.weight"] = (O, C, R, R)
+        shapes.update({f"{norm}.{part}": (O,) for part in ("weight", "bias", "running_mean", "running_var")})
+        shapes[f"{norm}.num_batches_tracked"] = ()
+
+    convolution("conv1", "bn1", 3, 64, 7)
+    C = 64
+    for stage, O in enumerate((64, 128, 256, 512), 1):
+        for block in (f"layer{stage}.0", f"layer{stage}.1"):
+            convolution(f"{block}.conv1", f"{block}.bn1", C, O, 3)
+            convolution(f"{block}.conv2", f"{block}.bn2", O, O, 3)
+            if C != O:
+                convolution(f"{block}.downsample.0", f"{block}.downsample.1", C, O, 1)
+            C = O
+    return {**shapes, "fc.weight": (1000, 512), "fc.bias": (1000,)}
+
+
+def test_resnet18_takes_torchvisions_checkpoints() -> None:
+    model = ResNet()
+    assert {name: tuple(value.shape) for name, value in model.state_dict().items()} == resnet18_entries()
+    assert list(model.state_dict()) == list(resnet18_entries())
+    assert parameter_count(model) == 11_689_512
+
+
+@pytest.mark.parametrize("name", ["cnn", "resnet"])
+def test_channels_last_gives_the_same(name: str) -> None:
+    """Outputs and gradients, from the same numbers in the other memory format."""
+    x, y = MODELS[name].batch()
+    x = x[:4].double().requires_grad_()
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(7)
+        model = without_dropout(MODELS[name].build(dlkernels.nn)).double().to(memory_format=layout)  # type: ignore[call-overload]
+        out = model(x.contiguous(memory_format=layout))
+        loss = dlkernels.nn.functional.cross_entropy(out, y[:4])
+        found.append([out, *torch.autograd.grad(loss, [x, *model.parameters()])])
+    for contiguous, last in zip(*found):
+        torch.testing.assert_close(last, contiguous, rtol=1e-9, atol=1e-10)
+
+
+def test_a_cnn_takes_images_of_any_size() -> None:
+    model = CNN(nn=dlkernels.nn, widths=(4, 8, 12))
+    assert [model(torch.randn(2, 3, *size)).shape for size in ((4, 4), (33, 50), (64, 64))] == [(2, 10)] * 3
 
 
 def test_no_hidden_layer_is_a_linear_model() -> None:
@@ -210,4 +336,4 @@ def test_no_hidden_layer_is_a_linear_model() -> None:
 
 def test_unknown_model_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match="mlp_plain"):
-        train("resnet")
+        train("transformer9")

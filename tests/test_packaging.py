@@ -15,7 +15,7 @@ import dlkernels
 ROOT = Path(__file__).parent.parent
 
 # Each of these costs time or is an extra; `import dlkernels` must work, and be quick, without them.
-LAZY = ["triton", "sklearn", "scipy", "matplotlib", "rich", "click", "jinja2", "tqdm", "pytest", "setuptools", "pybind11"]
+LAZY = ["triton", "sklearn", "skimage", "scipy", "matplotlib", "rich", "click", "jinja2", "tqdm", "pytest", "setuptools", "pybind11"]
 
 
 def imported_by(statement: str) -> set[str]:
@@ -55,7 +55,7 @@ def test_metadata() -> None:
     assert "torch>=2.11" in needs
     (triton,) = (need for need in needs if need.startswith("triton"))
     assert "Linux" in triton and "x86_64" in triton
-    extras_only = {"scikit-learn", "matplotlib", "pytest", "ruff", "mypy"}
+    extras_only = {"scikit-learn", "scikit-image", "matplotlib", "pytest", "ruff", "mypy"}
     assert not [need for need in needs if "extra ==" not in need and need.startswith(tuple(extras_only))]
 
 

@@ -1,6 +1,6 @@
 """torch.nn with our kernels in it: same names, signatures and state_dicts; what we have no kernel for is torch's own.
 
-The public classes of every module beside this file (its ``__all__``) are names of this package.
+The public names of every module beside this file (its ``__all__``) are names of this package.
 """
 
 import sys
