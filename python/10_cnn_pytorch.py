@@ -172,16 +172,16 @@ for name, make in NETWORKS.items():
     held = "{:.1%} in the middle, {:.1%} moved by 1, {:.1%} by 2".format(*filters.summary(tables[name]))
     print(f"  {name:15} {parameter_count(trained[name]):6,} parameters: {held}")
 many, one, small, large = (filters.summary(table) for table in tables.values())
-assert QUICK or (many[0] > small[0] and min(many[1], one[1]) > large[1] + 0.05 and one[2] > many[2] > large[2] + 0.2)
+assert QUICK or (many[0] > small[0] and min(many[1], one[1]) > large[1] + 0.05 and min(many[2], one[2]) > large[2] + 0.2)
 save(feature_maps.draw_shift_tables(tables), "10_shifted.png")
 
 # %% [markdown]
-# Both CNNs bear a shift better than both MLPs, but are not invariant: borders, strides, and four places in the last layer. With one
-# place a shift by 2 is read more often. If pictures will be shifted, shift them in training, too (augmentation, lesson 9).
+# Both CNNs bear a shift better than both MLPs, but are not invariant: borders, strides, and four places in the last layer. Does
+# one place help? Compare by 1 and by 2. If pictures will be shifted, shift them in training, too (augmentation, lesson 9).
 #
 # ## What the filters became
-# Nobody designs them any more. Each starts at random and becomes what lowers the loss. The number above each says how much
-# accuracy on the training pictures is lost when its map is set to 0.
+# Nobody designs them any more. Each starts at random and becomes what lowers the loss. In the picture orange adds and purple
+# subtracts; the number above says how accuracy on the training pictures changes when the filter's map is set to 0.
 
 # %%
 title("The first layer's filters")

@@ -94,12 +94,11 @@ def draw_shift_tables(tables: dict[str, Tensor]) -> plt.Figure:
 
 
 def draw_fields(fields: dict[str, Tensor]) -> plt.Figure:
-    """Where one number of each layer looks: size of the gradient at every pixel, on a logarithmic scale, in a frame where it is not 0."""
+    """Where one number of each layer looks: root of the gradient's size at every pixel, and a frame around those where it is not 0."""
     figure, plots = plt.subplots(1, len(fields), figsize=(2.2 * len(fields), 2.7))
     for plot, (name, field) in zip(plots, fields.items()):
         (top, height), (left, width) = extent(field), extent(field.T)
-        shown = (field / field.max()).clamp(min=1e-6).log10().masked_fill(field == 0, torch.nan)
-        plot.imshow(shown, cmap="Blues", vmin=-3.5, vmax=0)
+        plot.imshow(field.sqrt(), cmap="Blues", vmin=0)
         plot.add_patch(plt.Rectangle((left - 0.5, top - 0.5), width, height, fill=False, color=ORANGE, lw=1.5))
         plot.set_title(name, fontsize=9)
         bare(plot)
