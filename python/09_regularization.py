@@ -297,4 +297,4 @@ save(draw_table(SCORES), "09_what_helped.png")
 # * `train()` before learning, `eval()` before judging: dropout gets noisy without it, BatchNorm may collapse.
 # * AdamW, not Adam, for weight decay. BatchNorm needs a batch, LayerNorm does not. More data, if you can get it.
 #
-# Next: `14_debugging_production.py`, what to do when it does not work.
+# Next: `10_cnn_pytorch.py`, networks that look for the same thing everywhere.
