@@ -69,6 +69,14 @@ Geometry checked_geometry(const char* op, const Tensor& x, const Tensor& weight,
     return s;
 }
 
+// The filters as they lie, in one of the two formats, which s is told.
+Tensor filters(const char* op, const Tensor& weight, Geometry& s) {
+    Format format = format_of(op, weight);
+    bool columns = format.memory == Memory::COLUMNS;
+    s.to_channel = columns ? 1 : s.R * s.S, s.to_tap = columns ? s.C1 : 1;
+    return in_format(weight, format);
+}
+
 // f(T{}, memory) for the dtype and the format of x.
 template <class F> void with_kind(const char* op, const Tensor& x, const Format& format, const F& f) {
     with_type(op, x.scalar_type(), [&](auto type) {
@@ -94,7 +102,7 @@ std::tuple<Tensor, Tensor> conv2d_forward(Tensor x, Tensor weight, std::optional
     Format format = format_of(FORWARD, x), of_y = lay_out(format.memory, s.O, s.P, s.Q);
     Tensor y = images(x, of_y, {s.N, s.O, s.P, s.Q}), z = save ? images(x, of_y, {s.N, s.O, s.P, s.Q}) : Tensor();
     if (s.N * s.O * s.P * s.Q == 0) return {y, z};
-    Tensor xs = in_format(x, format), ws = dense(weight), bs = bias ? dense(*bias) : Tensor();
+    Tensor xs = in_format(x, format), ws = filters(FORWARD, weight, s), bs = bias ? dense(*bias) : Tensor();
     with_kind(FORWARD, x, format, [&](auto type, auto memory) {
         using T = decltype(type);
         if (s.own_filters()) OwnFilters<T, memory>{s}.forward(data<T>(xs), data<T>(ws), data<T>(bs), act, data<T>(y), data<T>(z));
@@ -117,7 +125,7 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_backward(Tensor dy, Tensor x, Tensor w
     Tensor d = in_format(dy, of_y), kept = act.code == NONE ? Tensor() : in_format(*saved, of_y), dz = d;
     bool writes_dz = act.code != NONE && (need_dx || need_dweight);
     if (writes_dz) dz = images(x, of_y, {s.N, s.O, s.P, s.Q});
-    Tensor xs = need_dweight ? in_format(x, format) : x, ws = need_dx ? dense(weight) : weight;
+    Tensor xs = need_dweight ? in_format(x, format) : x, ws = need_dx ? filters(BACKWARD, weight, s) : weight;
     with_kind(BACKWARD, x, format, [&](auto type, auto memory) {
         using T = decltype(type);
         if (act.code != NONE || need_dbias)

@@ -31,7 +31,7 @@ void forward(const Geometry& s, const T* x, const T* weight, const T* bias, Acti
     int64_t taps = s.R * s.S;
     Bank<T, MEMORY> bank{s.axis(0), s.axis(1), count(s.R), count(s.S), s.S, {y, z, bias, act, s.O, s.P, s.Q, s.P, s.Q, s.Q}};
     bank.result.to = Destination(y, s.N * s.O * s.P * s.Q * int64_t(sizeof(T)));
-    filter<T, MEMORY>(s.groups, {weight, s.O1, s.O1 * s.C1 * taps, s.C1 * taps, taps, taps}, {x, s.N, s.C1, s.C, s.H, s.W}, {bank});
+    filter<T, MEMORY>(s.groups, {weight, s.O1, s.O1 * s.C1 * taps, s.C1 * taps, s.to_channel, s.to_tap, taps}, {x, s.N, s.C1, s.C, s.H, s.W}, {bank});
 }
 
 // The taps of one dimension that reach pixels first, first + stride, ... of the input, and where they then lie in the output.
@@ -56,7 +56,7 @@ template <class T, Memory MEMORY> void input_gradient(const Geometry& s, const T
             Result<T, MEMORY> result{dx, nullptr, nullptr, {NONE}, s.C, s.H, s.W, I, L, L, s.stride[0], s.stride[1], a, b};
             banks.emplace_back(Axis{s.P, I, 1, h.at}, Axis{s.Q, L, 1, w.at}, h.taps, w.taps, s.S, result);
         }
-    Filters<T> filters{weight, s.C1, s.O1 * s.C1 * taps, taps, s.C1 * taps, taps};
+    Filters<T> filters{weight, s.C1, s.O1 * s.C1 * taps, s.to_channel, s.C1 * taps, s.to_tap, taps};
     if (!banks.empty()) filter<T, MEMORY>(s.groups, filters, {dz, s.N, s.O1, s.O, s.P, s.Q}, banks);
 }
 

@@ -39,6 +39,7 @@ struct Axis {  // one dimension of the image
 struct Geometry {  // of a call: what stride, padding (top, bottom, left, right) and dilation make of the sizes
     int64_t N, C, H, W, O, R, S, groups, P, Q, C1, O1;  // C1 and O1: channels of a group
     int64_t stride[2], before[2], dilation[2];
+    int64_t to_channel, to_tap;  // from one to the next in the memory of the filters
     std::vector<int64_t> taps(int d) const {
         std::vector<int64_t> at(d ? S : R);
         for (size_t t = 0; t < at.size(); t++) at[t] = int64_t(t) * dilation[d] - before[d];
@@ -243,15 +244,15 @@ template <class T, Memory MEMORY> struct Bank {
     }
 };
 
-// Filters in memory: the taps of channel c of filter m of group g lie at p[g * sg + m * sm + c * sc].
+// Filters in memory: tap t of channel c of filter m of group g is p[g * sg + m * sm + c * sc + t * st].
 template <class T> struct Filters {
     const T* p;
-    int64_t M, sg, sm, sc, taps;
+    int64_t M, sg, sm, sc, st, taps;
     // As rows [m][k] with the k in the order (c / inner, tap, c % inner), in `memory` if they do not lie so; channels that fill up the last
     // `inner` are 0.
     Matrix<T> arranged(int64_t g, int64_t C, const std::vector<int64_t>& taps, int64_t inner, T* memory) const {
         int64_t K = round_up(C, inner) * int64_t(taps.size());
-        bool lie_so = inner == 1 && sc == int64_t(taps.size());
+        bool lie_so = inner == 1 && st == 1 && sc == int64_t(taps.size());
         for (int64_t t = 0; lie_so && t < sc; t++) lie_so = taps[t] == t;
         if (lie_so) return {const_cast<T*>(p) + g * sg, sm, 1};
         parallel(M, [&](int64_t m, int64_t end) {
@@ -261,7 +262,7 @@ template <class T> struct Filters {
                 for (int64_t c = 0; c < C; c += inner)
                     for (int64_t tap : taps) {
                         int64_t n = std::min(inner, C - c);
-                        for (int64_t i = 0; i < n; i++) to[i] = from[(c + i) * sc + tap];
+                        for (int64_t i = 0; i < n; i++) to[i] = from[(c + i) * sc + tap * st];
                         for (int64_t i = n; i < inner; i++) to[i] = T{};
                         to += inner;
                     }

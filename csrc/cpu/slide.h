@@ -104,22 +104,30 @@ template <class Micro, class T, Memory MEMORY, class Grid> struct Slide {
             pack_one(read<E>(weight, m, count, k, kc), count, kc, panel + k * width);
         }
     }
-    // A few channels at a time, with all taps as they lie; those of the bank go to their place.
+    // A few channels at a time, all their taps in one of the orders in which they lie; those of the bank go to their place.
     void pack_taps(const Filters<T>& filters, int64_t g, int64_t m, int count, int64_t C, const std::vector<int64_t>& taps, int64_t inner,
                    E* panel) const {
-        int64_t few = std::max<int64_t>(1, 128 / filters.taps), follow = filters.sc == filters.taps ? few : 1;
+        int64_t few = std::max<int64_t>(1, 128 / filters.taps), nt = int64_t(taps.size());
         E* some = scratch<E, 1>(few * filters.taps * width);
-        for (int64_t c0 = 0, end; c0 < C; c0 = end) {
-            end = std::min(C, c0 + few);
-            for (int64_t c = c0; c < end; c += follow) {
-                Matrix<T> weight{const_cast<T*>(filters.p) + g * filters.sg + m * filters.sm + c * filters.sc, filters.sm, 1};
-                int kc = int(std::min(follow, end - c) * filters.taps);
-                pack_one(read<E>(weight, 0, count, 0, kc), count, kc, some + (c - c0) * filters.taps * width);
+        auto pack_some = [&](int64_t at, int64_t step, int64_t kc, int64_t k) {
+            Matrix<T> weight{const_cast<T*>(filters.p) + g * filters.sg + m * filters.sm + at, filters.sm, step};
+            pack_one(read<E>(weight, 0, count, 0, int(kc)), count, int(kc), some + k * width);
+        };
+        for (int64_t c0 = 0; c0 < C; c0 += few) {
+            int64_t n = std::min(few, C - c0), to_channel = 1, to_tap = 1;  // in `some`
+            if (filters.st != 1) {
+                for (int64_t t = 0; t < filters.taps; t++) pack_some(c0 * filters.sc + t * filters.st, filters.sc, n, t * n);
+                to_tap = n;
+            } else {
+                int64_t follow = filters.sc == filters.taps ? n : 1;
+                for (int64_t c = 0; c < n; c += follow) pack_some((c0 + c) * filters.sc, 1, follow * filters.taps, c * filters.taps);
+                to_channel = filters.taps;
             }
-            for (size_t t = 0; t < taps.size(); t++)
-                for (int64_t c = c0; c < end; c++) {
-                    E* to = panel + (c / inner * inner * int64_t(taps.size()) + int64_t(t) * inner + c % inner) * width;
-                    std::copy_n(some + ((c - c0) * filters.taps + taps[t]) * width, width, to);
+            for (int64_t t = 0; t < nt; t++)
+                for (int64_t i = 0; i < n; i++) {
+                    int64_t c = c0 + i, block = c / inner * inner;  // the last block may be shorter
+                    E* to = panel + (block * nt + t * std::min(inner, C - block) + c - block) * width;
+                    std::copy_n(some + (i * to_channel + taps[t] * to_tap) * width, width, to);
                 }
         }
     }
