@@ -5,9 +5,9 @@
 //                  Where channels are too few to fill vectors, all k of a place are gathered: one tap, c = k.
 //
 //           filters, NR at a time
-//          +----+----+--            Where filters fill vectors a tile is up to MR places of a row x NR filters; else MR filters x NR places,
-//   places |tile|                   which may go on in the next row. The filters are packed once; a panel of them stays in the L1 cache while
-//          +----+                   a strip of places passes over it. A band's copy stays in L2.
+//          +----+----+--            Where filters fill vectors a tile is any MR places x NR filters, else MR filters x NR places side by
+//   places |tile|                   side. The filters are packed once; a panel of them stays in the L1 cache while a strip of places
+//          +----+                   passes over it. A band's copy stays in L2.
 #pragma once
 #include "grid.h"
 
@@ -90,8 +90,8 @@ template <class Micro, class T, Memory MEMORY, class Grid> struct Slide {
         int64_t K = packed.K, parts = K <= DEEP * 3 / 2 ? 1 : ceil_div(K, DEEP);
         int64_t deep = std::max<int64_t>(PAIR, round_up(ceil_div(K, parts), PAIR)), rows = std::min(at.i1, bank.result.I) - at.i0;
         Call call{grid, packed, bank.result.of_group(g, M), next, g, at.n, at.i0, K, deep};
-        if (turned) places_by_filters(call, rows);
-        else if constexpr (!Grid::PIXELS) filters_by_places(call, rows);
+        if (turned) return places_by_filters(call, rows);
+        for (int64_t image = 0; image < grid.images; image++) filters_by_places(call, rows, image);
     }
 
   private:
@@ -172,22 +172,24 @@ template <class Micro, class T, Memory MEMORY, class Grid> struct Slide {
         }
     }
 
-    // The rows of places as one long row, with what lies between them.
-    void filters_by_places(const Call& a, int64_t rows) const {
+    // The rows of places of one image as one long row, with what lies between them.
+    void filters_by_places(const Call& a, int64_t rows, int64_t image) const {
         constexpr int64_t STRIP = 8 * NR;
         int64_t pitch = a.grid.columns, J = (rows - 1) * pitch + a.result.L, ld = a.K <= a.deep ? NR : STRIP + VL<Sum>;
+        const Lane* met = a.grid.p + image * a.grid.size();
         alignas(64) Sum spare[MR * NR];
         Sum* partial = a.K <= a.deep ? nullptr : scratch<Sum, 2>(round_up(M, MR) * ld);
-        for (int64_t n = 0; n < a.grid.images; n++)
-          for (int64_t s = 0; s < J; s += STRIP)
+        for (int64_t s = 0; s < J; s += STRIP)
             for (int64_t k = 0; k == 0 || k < a.K; k += a.deep)
                 for (int64_t j = s; j < std::min(J, s + STRIP); j += NR)
                     for (int64_t m = 0; m < M; m += MR) {
                         const E *weight = panel(a.packed, a.g, m, k), *next = m + MR < M ? panel(a.packed, a.g, m + MR, k) : weight;
                         int filters = int(std::min<int64_t>(MR, M - m)), places = int(std::min<int64_t>(NR, J - j));
                         Sum* sums = partial ? partial + m * ld + j - s : spare;
-                        Micro::tile_at(filters, a.depth(k), rows_of(weight, MR), Listed<Lane>{a.grid.p + n * a.grid.size() + j, a.offset(k)}, sums, ld, k > 0, next);
-                        if (a.last(k)) a.result.write(Tile<Sum>{sums, ld, m, 0, filters, places}, {a.n + n, a.i0 + j / pitch, j % pitch});
+                        Listed<Lane> at{met + j, a.offset(k)};
+                        Micro::tile_at(filters, a.depth(k), rows_of(weight, MR), at, sums, ld, k > 0, next);
+                        Place first{a.n + image, a.i0 + j / pitch, j % pitch};
+                        if (a.last(k)) a.result.write(Tile<Sum>{sums, ld, m, 0, filters, places}, first);
                     }
     }
 };
