@@ -22,19 +22,25 @@ LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
 
 def geometries(count: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Random calls that torch takes, half of them with more than one group, a quarter with a filter for every channel."""
+    """Random calls that torch takes, half of them with more than one group, a quarter with a filter for every channel.
+
+    A quarter are many small images: several of them are worked on together.
+    """
     draw = random.Random(seed)
     while count:
-        channels = [(1, 1, 1), (1, 3, 7), (1, 17, 40), (1, 40, 15), (2, 3, 5), (3, 33, 2), (18, 1, 1), (5, 1, 1)]
+        channels = [(1, 1, 1), (1, 3, 7), (1, 17, 40), (1, 48, 40), (1, 40, 15), (2, 3, 5), (3, 33, 2), (18, 1, 1), (5, 1, 1)]
         groups, inside, outside = draw.choice(channels)
-        taps, image = (draw.choice([1, 2, 3, 5]), draw.choice([1, 3, 4])), (draw.randint(1, 21), draw.randint(1, 37))
+        taps = (draw.choice([1, 2, 3, 5]), draw.choice([1, 3, 4]))
+        images, image = draw.choice([1, 2, 3]), (draw.randint(1, 21), draw.randint(1, 37))
+        if draw.random() < 0.25:
+            images, image = 9, (draw.randint(1, 4), draw.randint(1, 5))
         stride, dilation = [draw.choice([1, 1, 2, 3]) for _ in "hw"], [draw.choice([1, 1, 2]) for _ in "hw"]
         padding = [draw.choice([0, 1, 2, 4]) for _ in "hw"]
         if any(size + 2 * p < d * (t - 1) + 1 for size, p, d, t in zip(image, padding, dilation, taps)):
             continue
         count -= 1
         yield {
-            "x": (draw.choice([1, 2, 3]), groups * inside, *image), "weight": (groups * outside, inside, *taps),
+            "x": (images, groups * inside, *image), "weight": (groups * outside, inside, *taps),
             "options": (stride, padding, dilation, groups), "layout": draw.choice(LAYOUTS), "of_weight": draw.choice(LAYOUTS),
         }  # fmt: skip
 
