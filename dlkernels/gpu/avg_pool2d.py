@@ -75,16 +75,8 @@ def forward(x: Tensor, P: int, Q: int, kernel: Ints, stride: Ints, padding: Ints
     x, y = x.contiguous(memory_format=form), empty(x, P, Q, form)
     if y.numel():
         sizes = N, C, *h.arguments, *w.arguments, h.steps, w.steps, divisor
-        launch(
-            avg_pool2d_forward,
-            grid(y),
-            x,
-            y,
-            *sizes,
-            PADDED=padded(include_pad, kernel),
-            CHANNELS_LAST=form == torch.channels_last,
-            BLOCK=BLOCK,
-        )
+        mean = {"PADDED": padded(include_pad, kernel), "CHANNELS_LAST": form == torch.channels_last}
+        launch(avg_pool2d_forward, grid(y), x, y, *sizes, **mean, BLOCK=BLOCK)
     return y
 
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import launch
-from .windows import BLOCK, axes_of, checked, empty, first_seeing, form_of, grid, offset, offsets, place, start
+from .windows import BLOCK, Axis, axes_of, checked, empty, first_seeing, form_of, grid, offset, offsets, place, start
 
 
 @triton.jit
@@ -67,6 +67,11 @@ def max_pool2d_backward(
 Ints = Sequence[int]
 
 
+def codes_of(h: Axis, w: Axis) -> torch.dtype:
+    """The dtype that holds the number of a place in a window."""
+    return torch.uint8 if h.widest * w.widest <= 256 else torch.int32
+
+
 def forward(
     x: Tensor, P: int, Q: int, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints, need_argmax: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -75,7 +80,7 @@ def forward(
     h, w = axes_of((H, W), (P, Q), kernel, stride, padding, dilation)
     form = form_of(x)
     x, y = x.contiguous(memory_format=form), empty(x, P, Q, form)
-    argmax = empty(x, P, Q, form, torch.uint8 if h.widest * w.widest <= 256 else torch.int32) if need_argmax else None
+    argmax = empty(x, P, Q, form, codes_of(h, w)) if need_argmax else None
     if y.numel():
         sizes = N, C, *h.arguments, *w.arguments, w.widest, h.steps, w.steps
         launch(max_pool2d_forward, grid(y), x, y, argmax, *sizes, CHANNELS_LAST=form == torch.channels_last, BLOCK=BLOCK)
@@ -88,7 +93,7 @@ def backward(
     """Launcher of the backward kernel; shapes and errors as the op's contract says."""
     N, C, P, Q = checked("dy", dy).shape
     h, w = axes_of((H, W), (P, Q), kernel, stride, padding, dilation)
-    codes = torch.uint8 if h.widest * w.widest <= 256 else torch.int32
+    codes = codes_of(h, w)
     fits = type(argmax) is Tensor and argmax.dtype == codes and argmax.shape == dy.shape
     if not fits or argmax.device != dy.device or argmax.layout is not torch.strided:
         raise RuntimeError(

@@ -2,7 +2,7 @@
 
 A program makes BLOCK numbers of its result, neighbours in memory, contiguous or channels last. Forward, each walks over the places of its
 window; backward, each walks over the windows that may see it and takes what is its own: no atomics, the same bits on every run.
- Neighbouring lanes read neighbouring numbers in either format, or numbers ``stride`` apart, from the cache.
+Neighbouring lanes read neighbouring numbers in either format, or numbers ``stride`` apart, from the cache.
 """
 
 from __future__ import annotations

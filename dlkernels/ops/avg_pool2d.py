@@ -165,16 +165,11 @@ SAMPLES: list[dict[str, Any]] = [
     {"lead": (3, 19, 70), "k": 3, "s": 1, "p": 1, "divisor": -5}, {"lead": (2, 67, 5, 6), "k": 3, "s": 2, "p": 1, "channels_last": True},
     {"lead": (1, 1, 40, 41), "k": (17, 19), "s": 5, "p": 8},
 ]  # fmt: skip
-BENCH: list[dict[str, Any]] = [
-    {"lead": (8, 64, 112, 112), "k": 3, "s": 2, "p": 1}, {"lead": (8, 64, 112, 112), "k": 3, "s": 2, "p": 1, "channels_last": True},
-    {"lead": (32, 64, 56, 56), "k": 2}, {"lead": (32, 64, 56, 56), "k": 2, "channels_last": True}, {"lead": (32, 256, 14, 14), "k": 2},
-    {"lead": (32, 256, 14, 14), "k": 2, "channels_last": True},
-]  # fmt: skip
 register(
     Op(
         name="avg_pool2d", module="avg_pool2d", call=avg_pool2d, reference=F.avg_pool2d, native=F.avg_pool2d, make=_make, samples=SAMPLES,
-        bench=BENCH, quick=BENCH[:3], tiny=[{"lead": (16, 8, 8, 8), "k": 2}], cost=_cost, raw=("avg_pool2d_forward", "avg_pool2d_backward"),
-        supports=lambda *args: windows.why(_windows(*args)),
+        bench=windows.BENCH, quick=windows.BENCH[:3], tiny=[{"lead": (16, 8, 8, 8), "k": 2}], cost=_cost,
+        raw=("avg_pool2d_forward", "avg_pool2d_backward"), supports=lambda *args: windows.why(_windows(*args)),
     )
 )  # fmt: skip
 register(

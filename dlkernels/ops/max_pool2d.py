@@ -180,16 +180,11 @@ SAMPLES: list[dict[str, Any]] = [
     {"lead": (3, 19, 70), "k": 3, "s": 1, "p": 1}, {"lead": (2, 67, 5, 6), "k": 3, "s": 2, "p": 1, "channels_last": True},
     {"lead": (1, 1, 40, 41), "k": (17, 19), "s": 5, "p": 8},
 ]  # fmt: skip
-BENCH: list[dict[str, Any]] = [
-    {"lead": (8, 64, 112, 112), "k": 3, "s": 2, "p": 1}, {"lead": (8, 64, 112, 112), "k": 3, "s": 2, "p": 1, "channels_last": True},
-    {"lead": (32, 64, 56, 56), "k": 2}, {"lead": (32, 64, 56, 56), "k": 2, "channels_last": True}, {"lead": (32, 256, 14, 14), "k": 2},
-    {"lead": (32, 256, 14, 14), "k": 2, "channels_last": True},
-]  # fmt: skip
 register(
     Op(
         name="max_pool2d", module="max_pool2d", call=max_pool2d, reference=F.max_pool2d, native=F.max_pool2d, make=_make, samples=SAMPLES,
-        bench=BENCH, quick=BENCH[:3], tiny=[{"lead": (16, 8, 8, 8), "k": 2}], cost=_cost, raw=("max_pool2d_forward", "max_pool2d_backward"),
-        supports=_supports,
+        bench=windows.BENCH, quick=windows.BENCH[:3], tiny=[{"lead": (16, 8, 8, 8), "k": 2}], cost=_cost,
+        raw=("max_pool2d_forward", "max_pool2d_backward"), supports=_supports,
     )
 )  # fmt: skip
 register(

@@ -179,6 +179,11 @@ def cost_adaptive(lead: tuple[int, ...], size: Any, channels_last: bool = False)
     return cost(lead, adaptive("", torch.empty(lead, device="meta"), size))
 
 
+BENCH: list[dict[str, Any]] = [
+    {"lead": (8, 64, 112, 112), "k": 3, "s": 2, "p": 1}, {"lead": (8, 64, 112, 112), "k": 3, "s": 2, "p": 1, "channels_last": True},
+    {"lead": (32, 64, 56, 56), "k": 2}, {"lead": (32, 64, 56, 56), "k": 2, "channels_last": True}, {"lead": (32, 256, 14, 14), "k": 2},
+    {"lead": (32, 256, 14, 14), "k": 2, "channels_last": True},
+]  # fmt: skip
 ADAPTIVE_SAMPLES: list[dict[str, Any]] = [
     {"lead": (0, 3, 4, 4), "size": 2}, {"lead": (1, 1, 1, 1), "size": 1}, {"lead": (3, 5, 7), "size": (2, 3)},
     {"lead": (2, 3, 7, 7), "size": 1}, {"lead": (2, 3, 9, 11), "size": (4, 3)}, {"lead": (2, 3, 9, 11), "size": 3, "channels_last": True},
