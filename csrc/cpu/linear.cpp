@@ -5,21 +5,12 @@
 //   dweight   C[n,k] = sum_m dz[m,n] x[m,k]       A reads dz transposed, on the fly
 //   dbias     column sums of dz; where act' is costly, the same pass writes dz down and the products read that
 #include "activation.h"
-#include "gemm_thin.h"
 #include "product.h"
 
 namespace {
 
 constexpr const char* FORWARD = "linear_forward";
 constexpr const char* BACKWARD = "linear_backward";
-// Where the thin products beat packing: sums across lanes need many k to pay, and a widened half type costs more to read than to multiply.
-template <class T> bool dot_pays(int64_t M, int64_t K) {
-    constexpr bool WIDENED = sizeof(T) == 2 && !Dot<T>::PAIRS;
-    return M <= 4 || (M <= (WIDENED ? 32 : 64) && K >= 256);
-}
-template <class T> using thin_micro = std::conditional_t<Dot<T>::PAIRS, PairDot<bf16>, Fma<compute_t<T>>>;
-constexpr int64_t SWEEP_ROWS = 16;
-
 // Read dz = dy * act'(saved), formed in scratch.
 template <class E, class T>
 Block<E> read_dz(Activation act, Matrix<T> dy, Matrix<T> saved, int64_t r0, int rows, int64_t k0, int kc) {
@@ -34,45 +25,22 @@ Block<E> read_dz(Activation act, Matrix<T> dy, Matrix<T> saved, int64_t r0, int 
     return along_k ? Block<E>{out, ld, 1} : Block<E>{out, 1, ld};
 }
 
-// How the thin products spread over the threads.
-inline auto split(int64_t M, int64_t N, int64_t K) {
-    bool serial = double(M) * N * K < SERIAL;
-    return [=](int64_t n, const auto& body) { parallel(n, body, serial); };
-}
-
 template <class T>
 void forward(Activation act, Matrix<T> x, Matrix<T> weight, const T* bias, T* y, T* z, int64_t M, int64_t N, int64_t K) {
-    using E = element_of<T>;
-    auto A = [=](int64_t r0, int rows, int64_t k0, int kc) { return read<E>(x, r0, rows, k0, kc); };
-    auto B = [=](int64_t r0, int rows, int64_t k0, int kc) { return read<E>(weight, r0, rows, k0, kc); };
-    auto epilogue = [=](const auto& t) {
+    multiply_rows(M, N, K, x, weight, y, [=](const auto& t) {
         for (int i = 0; i < t.rows; i++) {
             int64_t at = (t.m + i) * N + t.n;
             act.apply(t.p + i * t.ld, bias ? bias + t.n : nullptr, y + at, z ? z + at : nullptr, t.columns);
         }
-    };
-    if constexpr (HAS_TILES && std::is_same_v<T, bf16>)
-        if (M <= 32 && K > 0 && x.cs == 1 && weight.cs == 1)
-            return tile_product(M, N, K, x.p, x.rs, weight.p, weight.rs, epilogue, split(M, N, K));
-    if (dot_pays<T>(M, K) && x.cs == 1 && weight.cs == 1)
-        return dot_product(M, N, K, x.p, x.rs, weight.p, weight.rs, epilogue, split(M, N, K));
-    multiply<T>(M, N, K, A, B, y, epilogue);
+    });
 }
 
 template <class T>
 void input_gradient(Activation act, Matrix<T> dy, Matrix<T> saved, Matrix<T> weight, T* dx, int64_t M, int64_t N, int64_t K) {
-    auto product = [=](auto element, const auto& run) {
-        using E = decltype(element);
-        run([=](int64_t r0, int rows, int64_t k0, int kc) { return read_dz<E>(act, dy, saved, r0, rows, k0, kc); },
-            [=](int64_t r0, int rows, int64_t k0, int kc) { return read<E>(weight.transposed(), r0, rows, k0, kc); },
-            [=](const auto& t) { store_tile(t, dx, K); });
+    auto dz = [=](auto element) {
+        return [=](int64_t r0, int rows, int64_t k0, int kc) { return read_dz<decltype(element)>(act, dy, saved, r0, rows, k0, kc); };
     };
-    if (M <= SWEEP_ROWS && weight.cs == 1)
-        product(typename thin_micro<T>::Element{}, [=](auto A, auto B, auto epilogue) {
-            sweep_product<thin_micro<T>>(M, K, N, A, B, epilogue, split(M, N, K));
-        });
-    else
-        product(element_of<T>{}, [=](auto A, auto B, auto epilogue) { multiply<T>(M, K, N, A, B, dx, epilogue); });
+    multiply_columns(M, K, N, dz, weight, dx, [=](const auto& t) { store_tile(t, dx, K); });
 }
 
 template <class T>

@@ -1,8 +1,7 @@
 // The product of matrices that lie in memory as they are stored: what linear.cpp and whatever else multiplies tensors puts around gemm.h.
 #pragma once
 #include "activation.h"
-#include "gemm.h"
-#include "gemm_bf16.h"
+#include "gemm_thin.h"
 #include "op.h"
 
 constexpr double PARTS_PAY = 128;  // harmonic size from which splitting numbers into parts costs less than it saves
@@ -42,6 +41,44 @@ void multiply(int64_t M, int64_t N, int64_t K, const FA& A, const FB& B, Out* ou
     };
     if (double(M) * N >= PARTS_PAY * (M + N) && K >= 64) run(typename micro_for<T, true>::type{});
     else run(typename micro_for<T, false>::type{});
+}
+
+// How the thin products spread over the threads.
+inline auto split(int64_t M, int64_t N, int64_t K) {
+    bool serial = double(M) * N * K < SERIAL;
+    return [=](int64_t n, const auto& body) { parallel(n, body, serial); };
+}
+
+// out = epilogue(x W^T). Where the thin products beat packing: sums across lanes need many k to pay, and a widened half type costs more to
+// read than to multiply.
+template <class T, class Out, class F>
+void multiply_rows(int64_t M, int64_t N, int64_t K, Matrix<T> x, Matrix<T> weight, Out* out, const F& epilogue) {
+    constexpr bool WIDENED = sizeof(T) == 2 && !Dot<T>::PAIRS;
+    using E = element_of<T>;
+    bool rows = x.cs == 1 && weight.cs == 1;
+    if constexpr (HAS_TILES && std::is_same_v<T, bf16>)
+        if (M <= 32 && K > 0 && rows) return tile_product(M, N, K, x.p, x.rs, weight.p, weight.rs, epilogue, split(M, N, K));
+    if (rows && (M <= 4 || (M <= (WIDENED ? 32 : 64) && K >= 256)))
+        return dot_product(M, N, K, x.p, x.rs, weight.p, weight.rs, epilogue, split(M, N, K));
+    multiply<T>(M, N, K, [=](int64_t r0, int rows, int64_t k0, int kc) { return read<E>(x, r0, rows, k0, kc); },
+                [=](int64_t r0, int rows, int64_t k0, int kc) { return read<E>(weight, r0, rows, k0, kc); }, out, epilogue);
+}
+
+// out = epilogue(A W), with A a function of the element type that gives its reader.
+template <class T, class FA, class Out, class F>
+void multiply_columns(int64_t M, int64_t N, int64_t K, const FA& A, Matrix<T> weight, Out* out, const F& epilogue) {
+    using Thin = std::conditional_t<Dot<T>::PAIRS, PairDot<bf16>, Fma<compute_t<T>>>;
+    constexpr int64_t SWEEP_ROWS = 16;
+    auto B = [=](auto element) {
+        return [=](int64_t r0, int rows, int64_t k0, int kc) { return read<decltype(element)>(weight.transposed(), r0, rows, k0, kc); };
+    };
+    if (M <= SWEEP_ROWS && weight.cs == 1) {
+        using E = typename Thin::Element;
+        sweep_product<Thin>(M, N, K, A(E{}), B(E{}), epilogue, split(M, N, K));
+    } else {
+        using E = element_of<T>;
+        multiply<T>(M, N, K, A(E{}), B(E{}), out, epilogue);
+    }
 }
 
 // The epilogue of a product without one: store the tile.

@@ -39,7 +39,10 @@ def requiring_grad(args: tuple[Any, ...], dtype: torch.dtype | None = None) -> t
 
 def gradient_names(op: Op, args: tuple[Any, ...]) -> list[str]:
     """ "dx", "dweight", ...: a d before the name of every differentiable argument."""
-    names = list(inspect.signature(op.call).parameters)
+    names: list[str] = []
+    for name, parameter in inspect.signature(op.call).parameters.items():
+        several = parameter.kind is inspect.Parameter.VAR_POSITIONAL
+        names += [f"{name}{i}" for i in range(len(args) - len(names))] if several else [name]
     return [f"d{name}" for name, arg in zip(names, args) if is_differentiable(arg)]
 
 

@@ -32,7 +32,7 @@ from torch import Tensor
 from ..backend import apply_function
 from ..contract import Optionals, needs_grad, reference_gradients
 from . import recurrent_raw as raw
-from .recurrent_raw import GRU, LSTM, RNN_RELU, Mode
+from .recurrent_raw import GRU, RNN_RELU, Mode
 
 __all__: list[str] = []
 
@@ -83,7 +83,7 @@ def layer(
 def step(mode: Mode, a: Tensor, h: Tensor, c: Tensor | None, w_hh: Tensor, b_hh: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """h and c after one token of every sequence; ``a`` is W_ih x + b_ih."""
     s = F.linear(h, w_hh, b_hh)
-    if mode is LSTM:
+    if c is not None:  # an LSTM
         i, f, g, o = (a + s).chunk(4, 1)
         c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
         return torch.sigmoid(o) * torch.tanh(c), c
@@ -119,7 +119,8 @@ def _one_direction(
         h, c = h0[:0], None if c0 is None else c0[:0]
         for a in reversed(steps):
             joining = slice(len(h), len(a))
-            h, c = step(mode, a, torch.cat([h, h0[joining]]), None if c is None else torch.cat([c, c0[joining]]), w_hh, b_hh)
+            c = None if c is None or c0 is None else torch.cat([c, c0[joining]])
+            h, c = step(mode, a, torch.cat([h, h0[joining]]), c, w_hh, b_hh)
             ys.insert(0, h)
         return torch.cat(ys), h, c
     h, c = h0, c0

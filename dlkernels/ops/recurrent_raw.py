@@ -16,7 +16,7 @@ __all__: list[str] = []
 
 @dataclass(frozen=True)
 class Mode:
-    """A kind of cell: its code in the kernels, the gates in its weights, and how many numbers per unit the backward needs of the forward."""
+    """A kind of cell: its code in the kernels, the gates in its weights, and how many numbers per unit the backward needs kept."""
 
     name: str
     code: int
@@ -81,7 +81,7 @@ def _backward_fake(
 # One layer in D directions over N tokens. The tokens of one time step lie side by side, the first step's first: batch_sizes [T] says how
 # many sequences are still running at each step (never more than before), None that all B = h0.size(1) run to the end, N = T B.
 #
-#   x [N, I]   h0, c0, hn, cn [D, B, H]   y [N, D H]   weights, for each direction: w_ih [G H, I], w_hh [G H, H], b_ih, b_hh [G H] or neither
+#   x [N, I]   h0, c0, hn, cn [D, B, H]   y [N, D H]   weights, per direction: w_ih [G H, I], w_hh [G H, H], b_ih, b_hh [G H] or neither
 #
 # Direction 1 runs from each sequence's last token to its first. What the backward needs, in the dtype of sums (float32 beside half types):
 #

@@ -1,0 +1,275 @@
+// The steps of a recurrent layer: h = cell(W_hh h', ...) token after token, forward and backward.
+//
+// Sequences do not depend on one another, so every thread takes some of them, in one direction, through all of time: nobody waits. W_hh is
+// packed once and read by all. A step computes NR units at a time:
+//
+//              units u .. u + NR                       for every gate a tile of sums for all rows of h', which stay in the L1 cache;
+//           +----+----+----+----+                      then cells.h makes of them, of what W_ih x gave, and of the state, the new h,
+//      h'   | i  | f  | g  | o  |   rows of sums       which goes to y, and to where the next step reads it
+//           +----+----+----+----+
+//
+// Backward is the same with dh = W_hh^T da: da of all gates are the rows, and there is one tile.
+#pragma once
+#include <vector>
+
+#include "cells.h"
+#include "product.h"
+#include "rows.h"
+
+template <class T> using step_micro = std::conditional_t<HAS_PAIR_DOT && std::is_same_v<T, bf16>, PairDot<bf16>, Fma<compute_t<T>>>;
+
+// Where tokens lie: those of a time step side by side, the longest sequence first.
+struct Tokens {
+    int64_t T = 0, B = 0, N = 0;
+    std::vector<int64_t> size, offset;  // of each step: sequences that still run, number of its first token
+
+    int64_t step(bool up, int64_t p) const { return up ? p : T - 1 - p; }  // the p-th step in either order
+    // The token next to that of sequence b at step t, one step earlier or later; -1 where there is none.
+    int64_t beside(int64_t t, int64_t b, bool later) const {
+        t += later ? 1 : -1;
+        return t >= 0 && t < T && b < size[t] ? offset[t] + b : -1;
+    }
+};
+
+// Some sequences in one direction: every stride-th from the first, so that long and short ones are shared out.
+struct Share {
+    int64_t d, first, stride, count, base;  // base: how many rows of this direction belong to the shares before
+    int64_t sequence(int64_t j) const { return first + j * stride; }
+    int64_t running(int64_t size) const { return std::clamp<int64_t>((size - first + stride - 1) / stride, 0, count); }
+};
+inline std::vector<Share> shares(int64_t D, int64_t B, int64_t threads) {
+    std::vector<Share> all;
+    int64_t each = std::max<int64_t>(1, std::min(B, (threads + D - 1) / D));
+    for (int64_t d = 0; d < D; d++)
+        for (int64_t first = 0, base = 0; first < each; first++) {
+            int64_t count = (B - first + each - 1) / each;
+            all.push_back({d, first, each, count, base});
+            base += count;
+        }
+    return all;
+}
+
+// Rows of A as they lie, k side by side.
+template <class Lane> struct Rows {
+    const Lane* p;
+    int64_t ld;
+    const Lane* operator[](int k) const { return p + k; }
+    Lane of(const Lane* column, int i) const { return column[i * ld]; }
+};
+
+// W in panels: for every NR units, for every KC of k, one for each gate.
+template <class Micro> struct Panels {
+    using E = typename Micro::Element;
+    using Sum = typename Micro::Sum;
+    using Lane = typename Micro::Lane;
+    static constexpr int NR = Micro::NR, MR = Micro::MR, KC = Micro::KC;
+
+    int64_t units, K, gates;
+    E* p = nullptr;
+
+    int64_t blocks() const { return ceil_div(units, NR); }
+    int64_t block() const { return gates * Micro::panel(NR, K); }
+    int64_t room() const { return blocks() * block(); }
+
+    // read(gate, unit, columns, k, kc): the Block of W for some units of a gate
+    template <class Read> void pack(const Read& read) const {
+        auto some = [&](int64_t begin, int64_t end) {
+            for (int64_t b = begin; b < end; b++) {
+                E* at = p + b * block();
+                int columns = std::min<int64_t>(NR, units - b * NR);
+                for (int64_t k = 0; k < K; k += KC)
+                    for (int g = 0; g < gates; g++) {
+                        int kc = std::min<int64_t>(KC, K - k);
+                        Micro::pack_b(read(g, b * NR, columns, k, kc), columns, kc, at);
+                        at += Micro::panel(NR, kc);
+                    }
+            }
+        };
+        parallel(blocks(), some, units * K * gates <= SERIAL_NUMBERS);
+    }
+    // sums[j][gate NR + i] = sum_k a[j][k] W[unit i of block b][k] for n rows of a
+    void multiply(int64_t n, const E* a, int64_t lda, int64_t b, Sum* sums) const {
+        constexpr int64_t PER = sizeof(Lane) / sizeof(E);
+        const E* panel = p + b * block();
+        for (int64_t k = 0; k < K; k += KC)
+            for (int g = 0; g < gates; g++) {
+                int kc = std::min<int64_t>(KC, K - k);
+                const E* next = panel + Micro::panel(NR, kc);
+                for (int64_t j = 0; j < n; j += MR) {
+                    Rows<Lane> rows{reinterpret_cast<const Lane*>(a + j * lda + k), lda / PER};
+                    Spaced<Lane> columns{reinterpret_cast<const Lane*>(panel), NR};
+                    Micro::tile_at(std::min<int64_t>(MR, n - j), kc, rows, columns, sums + (j * gates + g) * NR, gates * NR, k > 0, next);
+                }
+                panel = next;
+            }
+    }
+};
+
+// What goes from step to step, for every row of a direction; twice, as a step reads what the one before wrote.
+template <class T, class Cell> struct Carried {
+    using C = compute_t<T>;
+    using Micro = step_micro<T>;
+    using E = typename Micro::Element;
+    int64_t B, K, H;
+    std::vector<E> rows;   // [D][2][B][K]: h, or da of all gates; zero beyond the last number
+    std::vector<C> state;  // [D][B][H]
+    Carried(int64_t D, int64_t B, int64_t numbers, int64_t units)
+        : B(B), K(round_up(numbers, Micro::NR)), H(round_up(units, Micro::NR)), rows(D * 2 * B * K), state(Cell::HAS_STATE ? D * B * H : 0) {}
+    E* row(const Share& s, int64_t p, int64_t j = 0) { return rows.data() + ((s.d * 2 + (p & 1)) * B + s.base + j) * K; }
+    C* state_of(const Share& s, int64_t j) { return Cell::HAS_STATE ? state.data() + (s.d * B + s.base + j) * H : nullptr; }
+};
+
+// One layer: sizes, and the arrays that both ways share. Null where there is none.
+template <class T> struct Arrays {
+    using C = compute_t<T>;
+    int64_t D, H;
+    T *y, *h0, *c0;      // [N][D][H]; [D][B][H]
+    C *gates, *cells;    // [N][D][KEPT][H], [N][D][H]
+    T *hn, *cn;          // forward: [D][B][H]
+    T *dy, *dhn, *dcn;   // backward
+    T *dh0, *dc0;
+    T *da, *ds;          // backward: [N][D][GATES][H] and, in a GRU, [N][D][H]
+};
+
+// Sums of one block of units: where those of a row and of a gate begin.
+template <class C> struct Sums {
+    const C* p;
+    int64_t row, gate;
+    vec<C> at(int64_t j, int g, int64_t u, int lanes) const { return load(p + j * row + g * gate + u, lanes); }
+};
+
+template <class T, class Cell> struct Forward {
+    using C = compute_t<T>;
+    using V = vec<C>;
+    using State = Carried<T, Cell>;
+    const Tokens& tokens;
+    const Arrays<T>& to;
+    State& carried;
+    const C* b_hn[2];  // of a GRU
+    const C* input[2] = {};  // W_ih x + biases of the tokens from `first` on, for each direction: [tokens][GATES H]
+    int64_t first[2] = {};
+
+    static constexpr int G = Cell::GATES, KEPT = Cell::KEPT;
+
+    // Rows that begin at the p-th step of a share take h0 and c0.
+    void begin(const Share& s, int64_t p, int64_t from, int64_t until) const {
+        for (int64_t j = from; j < until; j++) {
+            int64_t at = (s.d * tokens.B + s.sequence(j)) * to.H;
+            for (int64_t u = 0; u < to.H; u += VL<C>) {
+                int lanes = std::min<int64_t>(VL<C>, to.H - u);
+                V h = load(to.h0 + at + u, lanes);
+                store(carried.row(s, p, j) + u, h, lanes);
+                if constexpr (Cell::HAS_STATE) store(carried.state_of(s, j) + u, Cell::HAS_CELL ? load(to.c0 + at + u, lanes) : h, lanes);
+            }
+        }
+    }
+    // Units [u0, u1) of rows [j0, j1) at step t, the p-th.
+    void units(const Share& s, int64_t t, int64_t p, int64_t j0, int64_t j1, int64_t u0, int64_t u1, const Sums<C>& sums) const {
+        const int64_t D = to.D, H = to.H, d = s.d;
+        for (int64_t j = j0; j < j1; j++) {
+            int64_t b = s.sequence(j), n = tokens.offset[t] + b, place = (n * D + d) * H, end = (d * tokens.B + b) * H;
+            bool last = tokens.beside(t, b, d == 0) < 0;
+            const C* a_n = input[d] + (n - first[d]) * G * H;
+            auto* next = carried.row(s, p + 1, j);
+            for (int64_t u = u0; u < u1; u += VL<C>) {
+                int lanes = std::min<int64_t>(VL<C>, u1 - u);
+                V a[G], s_[G], kept[KEPT + 1], state{};
+                for (int g = 0; g < G; g++) a[g] = load(a_n + g * H + u, lanes), s_[g] = sums.at(j, g, u - u0, lanes);
+                if constexpr (Cell::HAS_STATE) state = load(carried.state_of(s, j) + u);
+                V h = Cell::forward(a, s_, Cell::SPLIT && b_hn[d] ? load(b_hn[d] + u, lanes) : V{}, state, kept);
+                store(to.y + place + u, h, lanes);
+                store(next + u, h, lanes);
+                if constexpr (Cell::HAS_STATE) store(carried.state_of(s, j) + u, state);
+                if (to.gates)
+                    for (int g = 0; g < KEPT; g++) store(to.gates + place * KEPT + g * H + u, kept[g], lanes);
+                if (to.cells) store(to.cells + place + u, state, lanes);
+                if (last) {
+                    store(to.hn + end + u, h, lanes);
+                    if constexpr (Cell::HAS_CELL) store(to.cn + end + u, state, lanes);
+                }
+            }
+        }
+    }
+    // Steps [p0, p1) of a share, in its own order.
+    void steps(const Share& s, int64_t p0, int64_t p1, const Panels<step_micro<T>>& w) const {
+        constexpr int NR = Panels<step_micro<T>>::NR;
+        C* sums = scratch<C, 0>(s.count * G * NR);
+        bool up = s.d == 0;
+        for (int64_t p = p0; p < p1; p++) {
+            int64_t t = tokens.step(up, p), n = s.running(tokens.size[t]);
+            begin(s, p, p == 0 ? 0 : s.running(tokens.size[tokens.step(up, p - 1)]), n);
+            for (int64_t b = 0; b < w.blocks(); b++) {
+                w.multiply(n, carried.row(s, p), carried.K, b, sums);
+                units(s, t, p, 0, n, b * NR, std::min(to.H, (b + 1) * NR), {sums, G * NR, NR});
+            }
+        }
+    }
+};
+
+template <class T, class Cell> struct Backward {
+    using C = compute_t<T>;
+    using V = vec<C>;
+    const Tokens& tokens;
+    const Arrays<T>& of;
+    Carried<T, Cell>& carried;
+
+    static constexpr int G = Cell::GATES, KEPT = Cell::KEPT;
+
+    static V optional(const T* p, int64_t at, int lanes) { return p ? load(p + at, lanes) : V{}; }
+
+    // Units [u0, u1) of rows [j0, j1) at step t, the p-th from the end. Rows below `known` have W_hh^T da of the step that came after in
+    // `sums`; rows from `running` on have no token at this step: what comes back to them is the gradient of h0.
+    void units(const Share& s, int64_t t, int64_t p, int64_t j0, int64_t j1, int64_t known, int64_t running, int64_t u0, int64_t u1,
+               const Sums<C>& sums) const {
+        const int64_t D = of.D, H = of.H, d = s.d;
+        for (int64_t j = j0; j < j1; j++) {
+            int64_t b = s.sequence(j), n = j < running ? tokens.offset[t] + b : 0, place = (n * D + d) * H, end = (d * tokens.B + b) * H;
+            int64_t previous = j < running ? tokens.beside(t, b, d == 1) : -1;
+            auto* row = carried.row(s, p, j);
+            for (int64_t u = u0; u < u1; u += VL<C>) {
+                int lanes = std::min<int64_t>(VL<C>, u1 - u);
+                V carry{}, kept[KEPT + 1], da[G], ds{}, before{}, after{};
+                V dh = j < known ? sums.at(j, 0, u - u0, lanes) : optional(of.dhn, end + u, lanes);
+                if constexpr (Cell::HAS_STATE) carry = j < known ? load(carried.state_of(s, j) + u) : optional(of.dcn, end + u, lanes);
+                if constexpr (Cell::HAS_STATE && !Cell::HAS_CELL) dh += carry;
+                if (j >= running) {
+                    store(of.dh0 + end + u, dh, lanes);
+                    if constexpr (Cell::HAS_CELL) store(of.dc0 + end + u, carry, lanes);
+                    continue;
+                }
+                dh += optional(of.dy, place + u, lanes);
+                for (int g = 0; g < KEPT; g++) kept[g] = load(of.gates + place * KEPT + g * H + u, lanes);
+                int64_t earlier = (previous * D + d) * H + u;
+                if constexpr (Cell::HAS_CELL) {
+                    after = load(of.cells + place + u, lanes);
+                    before = previous >= 0 ? load(of.cells + earlier, lanes) : load(of.c0 + end + u, lanes);
+                } else if constexpr (Cell::HAS_STATE) {
+                    before = previous >= 0 ? load(of.y + earlier, lanes) : load(of.h0 + end + u, lanes);
+                } else {
+                    after = load(of.y + place + u, lanes);
+                }
+                Cell::backward(kept, before, after, dh, carry, da, ds);
+                for (int g = 0; g < G; g++) {
+                    store(of.da + place * G + g * H + u, da[g], lanes);
+                    store(row + g * H + u, Cell::SPLIT && g == G - 1 ? ds : da[g], lanes);
+                }
+                if constexpr (Cell::SPLIT) store(of.ds + place + u, ds, lanes);
+                if constexpr (Cell::HAS_STATE) store(carried.state_of(s, j) + u, carry);
+            }
+        }
+    }
+    // All steps of a share, from the last to the first, and one more for h0.
+    void steps(const Share& s, const Panels<step_micro<T>>& w) const {
+        constexpr int NR = Panels<step_micro<T>>::NR;
+        C* sums = scratch<C, 0>(s.count * NR);
+        bool up = s.d == 1;
+        for (int64_t p = 0, known = 0; p <= tokens.T; p++) {
+            int64_t t = p < tokens.T ? tokens.step(up, p) : 0, running = p < tokens.T ? s.running(tokens.size[t]) : 0;
+            for (int64_t b = 0; b < w.blocks(); b++) {
+                if (known) w.multiply(known, carried.row(s, p - 1), carried.K, b, sums);
+                units(s, t, p, 0, std::max(known, running), known, running, b * NR, std::min(of.H, (b + 1) * NR), {sums, NR, NR});
+            }
+            known = running;
+        }
+    }
+};

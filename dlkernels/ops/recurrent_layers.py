@@ -1,0 +1,206 @@
+"""Recurrent networks over whole sequences: several layers, one direction or both, dropout between layers. Each layer is recurrent.py's.
+
+    lstm, gru, rnn_tanh, rnn_relu       what dlkernels.nn.LSTM, GRU and RNN call; arguments in the order of torch.lstm and its like
+
+The weights of a layer are, for each direction, w_ih (G H, I), w_hh (G H, H) and, with biases, b_ih and b_hh (G H); I of a later layer is
+the D H of the one before it. G is 4, 3 or 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..contract import autocast_dtype, in_autocast, is_spread, on_shards, require_tensors, unsupported, without_kernel
+from ..registry import Cost, Op, register
+from .dropout import dropout as between_layers
+from .recurrent import layer
+from .recurrent_raw import GRU, LSTM, MODES, RNN_RELU, RNN_TANH, Mode
+
+__all__ = ["gru", "lstm", "rnn_relu", "rnn_tanh"]
+
+States = tuple[Tensor, ...]  # h0, and c0 of an lstm
+
+
+def _unsupported(
+    mode: Mode, x: Tensor, states: States, params: Sequence[Tensor], each: int, rows: int, batch_sizes: Tensor | None, batch_dim: int = 1
+) -> str | None:
+    """Why PyTorch's own network runs for these arguments, or None where our kernels do.
+
+    ``each``: weights of a direction; ``rows``: layers times directions.
+    """
+    named = [("input", x), *(("hx", h) for h in states), *((f"params[{i}]", w) for i, w in enumerate(params))]
+    reason = unsupported(*named)
+    if reason is not None:
+        return reason
+    if len(states) != 1 + mode.has_cell or x.dim() != (3 if batch_sizes is None else 2) or len(params) != each * rows:
+        return f"{x.dim()} dimensions of input, {len(states)} states and {len(params)} weights do not make a network"
+    hidden = params[1].shape[-1]
+    batch = x.shape[batch_dim] if batch_sizes is None else int(batch_sizes[0])
+    if any(h.shape != (rows, batch, hidden) for h in states) or params[1].shape[0] != mode.gates * hidden:
+        return f"hx {', '.join(str(tuple(h.shape)) for h in states)} is not ({rows}, {batch}, {hidden}); kernels take no projection of h"
+    if not x.numel() or not states[0].numel():
+        return "there are no tokens, or no sequences"
+    dtypes = {t.dtype for _, t in named}
+    return f"dtypes {', '.join(sorted(str(dtype) for dtype in dtypes))} differ" if len(dtypes) > 1 else None
+
+
+def _network(
+    mode: Mode, x: Tensor, states: States, params: Sequence[Tensor], has_biases: bool, num_layers: int, dropout: float, train: bool,
+    bidirectional: bool, batch_first: bool, batch_sizes: Tensor | None, recompute: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    out = states[0].dtype
+    dtype = autocast_dtype(x)
+    if dtype is not None:  # torch's products become narrow; its GRU adds them to h as it is
+        x, *tensors = in_autocast(dtype, x, *states, *params)  # type: ignore[assignment]
+        out = torch.promote_types(x.dtype, out) if mode is GRU else x.dtype
+        states, params = tuple(tensors[: len(states)]), tensors[len(states) :]  # type: ignore[assignment, arg-type]
+    directions, each = 1 + bidirectional, 4 if has_biases else 2
+    reason = _unsupported(mode, x, states, params, each, num_layers * directions, batch_sizes, 0 if batch_first else 1)
+    if reason is not None:
+        require_tensors(("input", x), *(("hx", h) for h in states), *((f"params[{i}]", w) for i, w in enumerate(params)))
+        options = (has_biases, num_layers, dropout, train, bidirectional, batch_first, batch_sizes)
+        if is_spread(x, *states, *params):
+            return on_shards("recurrent_network", mode, x, states, params, *options)
+        return without_kernel(reason, _native, mode, x, states, params, *options, name=mode.name)
+    if batch_sizes is None:
+        steps, batch = x.shape[1::-1] if batch_first else x.shape[:2]
+        x = (x.transpose(0, 1) if batch_first else x).reshape(steps * batch, x.shape[2])
+    ends: list[States] = []
+    for i in range(num_layers):
+        if i and dropout and train:
+            x = between_layers(x, dropout, True)
+        mine = slice(i * directions, (i + 1) * directions)
+        c0 = states[1][mine] if mode.has_cell else None
+        x, hn, cn = layer(x, states[0][mine], c0, batch_sizes, mode, params[mine.start * each : mine.stop * each], recompute)
+        ends.append((hn, cn) if cn is not None else (hn,))
+    if batch_sizes is None:
+        x = x.view(steps, batch, x.shape[1])
+        x = x.transpose(0, 1) if batch_first else x
+    last = (end[0] if num_layers == 1 else torch.cat(end) for end in zip(*ends))
+    return tuple(t if t.dtype == out else t.to(out) for t in (x, *last))
+
+
+def _native(
+    mode: Mode, x: Tensor, states: States, params: Sequence[Tensor], has_biases: bool, num_layers: int, dropout: float, train: bool,
+    bidirectional: bool, batch_first: bool = False, batch_sizes: Tensor | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    function = getattr(torch._VF, mode.name)
+    hx = states if mode.has_cell else states[0]
+    options = (list(params), has_biases, num_layers, dropout, train, bidirectional)
+    return function(x, batch_sizes, hx, *options) if batch_sizes is not None else function(x, hx, *options, batch_first)
+
+
+def lstm(
+    input: Tensor, hx: Sequence[Tensor], params: Sequence[Tensor], has_biases: bool, num_layers: int, dropout: float, train: bool,
+    bidirectional: bool, batch_first: bool = False, batch_sizes: Tensor | None = None, recompute: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """A network of LSTM layers (Hochreiter and Schmidhuber 1997, with forget gates) over a batch of sequences.
+
+    Args:
+        input: ``(T, B, I)``, or ``(B, T, I)`` with ``batch_first``; with ``batch_sizes`` the tokens ``(N, I)`` of a ``PackedSequence``.
+        hx: (h0, c0), each ``(L D, B, H)``: the states of layer 0 in its first direction, in its second, of layer 1, ...
+        params: the weights in the order that the top of recurrent_layers.py gives.
+        has_biases, num_layers, bidirectional: which weights there are.
+        dropout: the probability of a zero between layers, if ``train``.
+        batch_sizes: int64 on the CPU, ``(T,)``: how many sequences run at each time step.
+        recompute: keep no gates for the backward, which computes them again from input and output: less memory for a third more work.
+
+    Returns:
+        output ``(T, B, D H)`` in the layout of the input, hn and cn ``(L D, B, H)``. Under autocast in its dtype, as torch's.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices do not fit. TypeError: an argument is not a tensor.
+    """
+    options = (has_biases, num_layers, dropout, train, bidirectional, batch_first, batch_sizes, recompute)
+    return _network(LSTM, input, tuple(hx), params, *options)
+
+
+def _of_one_state(mode: Mode, summary: str) -> Callable[..., tuple[Tensor, ...]]:
+    def network(
+        input: Tensor, hx: Tensor, params: Sequence[Tensor], has_biases: bool, num_layers: int, dropout: float, train: bool,
+        bidirectional: bool, batch_first: bool = False, batch_sizes: Tensor | None = None, recompute: bool = False,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        options = (has_biases, num_layers, dropout, train, bidirectional, batch_first, batch_sizes, recompute)
+        return _network(mode, input, (hx,), params, *options)
+
+    network.__name__ = network.__qualname__ = mode.name
+    network.__doc__ = f"{summary}: arguments and results as ``lstm``, but for ``hx``, which is h0 alone, and the results, output and hn."
+    return network
+
+
+gru = _of_one_state(GRU, "A network of GRU layers (Cho et al. 2014, arXiv:1406.1078; b_hn within the reset)")
+rnn_tanh = _of_one_state(RNN_TANH, "A network of plain recurrent layers (Elman 1990) with tanh")
+rnn_relu = _of_one_state(RNN_RELU, "A network of plain recurrent layers with relu")
+
+
+# ---- for OPS: every tensor an argument of its own -----------------------------------------------------------------------------------
+
+
+def _split(mode: Mode, args: Sequence[Any]) -> tuple[States, Sequence[Tensor]]:
+    return tuple(args[: 1 + mode.has_cell]), args[1 + mode.has_cell :]
+
+
+def _register(mode: Mode, samples: Sequence[dict[str, Any]], bench: Sequence[dict[str, Any]], quick: Sequence[dict[str, Any]]) -> None:
+    def call(x: Tensor, layers: int, bidirectional: bool, *states_and_params: Tensor) -> tuple[Tensor, ...]:
+        states, params = _split(mode, states_and_params)
+        biases = len(params) == 4 * layers * (1 + bidirectional)
+        return _network(mode, x, states, params, biases, layers, 0.0, True, bidirectional, False, None, False)
+
+    def native(x: Tensor, layers: int, bidirectional: bool, *states_and_params: Tensor) -> tuple[Tensor, ...]:
+        states, params = _split(mode, states_and_params)
+        biases = len(params) == 4 * layers * (1 + bidirectional)
+        return _native(mode, x, states, params, biases, layers, 0.0, torch.is_grad_enabled(), bidirectional)
+
+    def supports(x: Tensor, layers: int, bidirectional: bool, *states_and_params: Tensor) -> str | None:
+        states, params = _split(mode, states_and_params)
+        rows = layers * (1 + bidirectional)
+        return _unsupported(mode, x, states, params, len(params) // rows, rows, None)
+
+    def make(
+        factory: Callable[..., Tensor], B: int, T: int, I: int, H: int, layers: int = 1, bidirectional: bool = False, bias: bool = True
+    ) -> tuple[Any, ...]:
+        directions = 1 + bidirectional
+        params: list[Tensor] = []
+        for i in range(layers):
+            width = directions * H if i else I
+            for _ in range(directions):
+                params += [factory(mode.gates * H, width) / max(width, 1) ** 0.5, factory(mode.gates * H, H) / max(H, 1) ** 0.5]
+                params += [factory(mode.gates * H) for _ in range(2 * bias)]
+        states = [factory(layers * directions, B, H) for _ in range(1 + mode.has_cell)]
+        return factory(T, B, I), layers, bidirectional, *states, *params
+
+    def cost(B: int, T: int, I: int, H: int, layers: int = 1, bidirectional: bool = False, bias: bool = True) -> Cost:
+        D = 1 + bidirectional
+        widths = [I, *[D * H] * (layers - 1)]
+        flops = sum(2 * B * T * D * mode.gates * H * (width + H) for width in widths)
+        moved = sum(B * T * (width + D * H) + D * mode.gates * H * (width + H) for width in widths)
+        return Cost(flops, 2 * flops, moved, 2 * moved)
+
+    register(
+        Op(
+            name=mode.name, module="recurrent", call=call, reference=native, native=native, make=make, samples=samples, bench=bench,
+            quick=quick, tiny=[{"B": 1, "T": 5, "I": 8, "H": 8}], cost=cost, raw=("recurrent_forward", "recurrent_backward"),
+            supports=supports,
+        )
+    )  # fmt: skip
+
+
+SAMPLES: list[dict[str, Any]] = [
+    {"B": 1, "T": 1, "I": 3, "H": 5},
+    {"B": 2, "T": 3, "I": 1, "H": 7, "layers": 2, "bidirectional": True},
+    {"B": 3, "T": 4, "I": 5, "H": 33, "bias": False},
+    {"B": 17, "T": 3, "I": 16, "H": 19, "bidirectional": True},
+    {"B": 5, "T": 6, "I": 33, "H": 40},
+]
+_SIZES = [(64, 64, 128, 256, 1, False), (64, 64, 512, 512, 1, False), (32, 100, 128, 128, 2, True), (8, 500, 64, 128, 1, False),
+          (1, 200, 256, 256, 2, False), (128, 32, 300, 300, 2, True)]  # fmt: skip
+BENCH = [dict(zip(("B", "T", "I", "H", "layers", "bidirectional"), size)) for size in _SIZES]
+QUICK = [BENCH[0], BENCH[3]]
+
+for _mode in MODES:
+    _plain = _mode is RNN_RELU  # the same work as with tanh
+    _register(_mode, SAMPLES[-2:] if _plain else SAMPLES, BENCH[:1] if _plain else BENCH, QUICK[:1] if _mode is not LSTM else QUICK)
