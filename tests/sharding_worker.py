@@ -6,7 +6,6 @@ The cases of single functions are in sharding_layouts.py; here are all ops in tu
 from __future__ import annotations
 
 import functools
-import inspect
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import dlkernels
 import dlkernels.functional as F
 from dlkernels import OPS
-from dlkernels.bench.inputs import arguments
+from dlkernels.bench.inputs import argument_names, arguments
 from dlkernels.registry import Op
 
 CUT = ("x", "input", "residual", "target", "indices")  # by rows; other arguments are parameters
@@ -29,9 +28,9 @@ CUT = ("x", "input", "residual", "target", "indices")  # by rows; other argument
 
 def generic(op: Op, rows: bool, mesh: DeviceMesh) -> None:
     """All sizes of an op, everything whole or arguments cut by rows."""
-    names = list(inspect.signature(op.call).parameters)
     for size in op.samples:
         args = arguments(op, size, torch.float64)
+        names = argument_names(op, args)
         cut = [rows and name in CUT and isinstance(arg, Tensor) and arg.dim() > 0 for name, arg in zip(names, args)]
         placements = [Shard(0) if yes else WHOLE for yes in cut]
         plain = "weight" in str(size.get("option")) or "all" in str(size.get("option")) or op.name == "batch_norm_eval"

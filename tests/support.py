@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dlkernels import OPS
 from dlkernels.backend import TRITON_ON_CPU
 from dlkernels.bench.check import allowed_error, relative_error, scale_of
-from dlkernels.bench.inputs import arguments, dtype_name, is_differentiable, label
+from dlkernels.bench.inputs import argument_names, arguments, dtype_name, is_differentiable, label
 from dlkernels.registry import FLOATS, Cost, Op
 
 COMMAND = [sys.executable, "-m", "dlkernels"]
@@ -107,7 +106,7 @@ def example(op: Op, dtype: torch.dtype = torch.float32) -> tuple[Args, Args]:
 def results(op: Op, function: Callable[..., Any], args: Args, dys: Args) -> Results:
     """``function``'s outputs and gradients by name: "y", "dx", "dweight", ... The leaves keep the strides of ``args``."""
     leaves = map_tensors(lambda t: t.detach().requires_grad_(), args)
-    names = list(inspect.signature(op.call).parameters)
+    names = argument_names(op, args)
     positions = differentiable(args)
     ys = as_tuple(function(*leaves))
     grads = torch.autograd.grad(ys, [leaves[i] for i in positions], dys)

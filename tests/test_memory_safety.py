@@ -37,6 +37,7 @@ from support import (
     results,
     run_child,
     samples,
+    smallest,
     threads,
 )
 from torch import Tensor
@@ -231,6 +232,8 @@ def test_offsets_beyond_32_bits(op: Op, dtype: torch.dtype) -> None:
     args = tuple(
         arg[tuple(slice(0, 3) for _ in arg.shape)] if isinstance(arg, Tensor) else arg for arg in arguments(op, middle(op), dtype)
     )
+    if op.supports(*args) is not None:  # its shapes depend on one another
+        args = arguments(op, smallest(op), dtype)
     dys = cotangents(op, args)
     for i in [*differentiable(args), len(args)]:
         target = dys[0] if i == len(args) else args[i]

@@ -7,11 +7,12 @@
 #pragma once
 #include "math.h"
 
-// 1 / (1 + e^-x) and tanh as in math.h, but with a reciprocal: a step spends a fifth of its time here. Arguments beyond the clamp have
-// reached the limit; min and max return their second argument for NaN.
+// 1 / (1 + e^-x) and tanh as in math.h, but with a reciprocal: a step spends a fifth of its time here. Beyond the limit a gate is shut, so that
+// nothing comes through, not even a part of infinity; min and max return their second argument for NaN.
 template <class C> inline vec<C> gate(vec<C> x) {
     constexpr C limit = sizeof(C) == 8 ? 708 : 87;
-    return reciprocal<C>(1 + exp_normal<C>(min(set(limit), max(set(-limit), -x))));
+    vec<C> open = reciprocal<C>(1 + exp_normal<C>(min(set(limit), max(set(-limit), -x))));
+    return x < -limit ? vec<C>{} : open;
 }
 template <class C> inline vec<C> squash(vec<C> x) {
     vec<C> m = expm1_negative<C>(-2 * magnitude<C>(x));

@@ -37,13 +37,18 @@ def requiring_grad(args: tuple[Any, ...], dtype: torch.dtype | None = None) -> t
     return tuple(arg.detach().to(dtype or arg.dtype, copy=True).requires_grad_() if is_differentiable(arg) else arg for arg in args)
 
 
-def gradient_names(op: Op, args: tuple[Any, ...]) -> list[str]:
-    """ "dx", "dweight", ...: a d before the name of every differentiable argument."""
+def argument_names(op: Op, args: tuple[Any, ...]) -> list[str]:
+    """The names of `op`'s arguments; those that it takes as `*names` are numbered."""
     names: list[str] = []
     for name, parameter in inspect.signature(op.call).parameters.items():
         several = parameter.kind is inspect.Parameter.VAR_POSITIONAL
         names += [f"{name}{i}" for i in range(len(args) - len(names))] if several else [name]
-    return [f"d{name}" for name, arg in zip(names, args) if is_differentiable(arg)]
+    return names
+
+
+def gradient_names(op: Op, args: tuple[Any, ...]) -> list[str]:
+    """ "dx", "dweight", ...: a d before the name of every differentiable argument."""
+    return [f"d{name}" for name, arg in zip(argument_names(op, args), args) if is_differentiable(arg)]
 
 
 def label(size: Mapping[str, Any]) -> str:

@@ -37,8 +37,7 @@ class _Network:
         if not packed and 0 in x.shape[:2]:
             raise RuntimeError(f"{self._get_name()}: input has shape {tuple(input.shape)}, needs at least one token and one sequence")
         states = self._states(hx, x, batch_sizes, single, order)
-        expected = self.get_expected_hidden_size(x, batch_sizes)
-        self._check(x, batch_sizes, states, expected, single)
+        self._check(x, batch_sizes, states, single)
         function, hx = getattr(F, self.mode.lower()), states if len(states) > 1 else states[0]
         options = (self.bias, self.num_layers, self.dropout, self.training, self.bidirectional, self.batch_first and not packed)
         y, *ends = function(x, hx, self._flat_weights, *options, batch_sizes, self.recompute)
@@ -50,12 +49,15 @@ class _Network:
             y, ends = y.squeeze(0 if self.batch_first else 1), [end.squeeze(1) for end in ends]
         return y, (tuple(ends) if len(ends) > 1 else ends[0])
 
+    def _sizes(self: Any, x: Tensor, batch_sizes: Tensor | None) -> list[tuple[int, ...]]:
+        """The shapes of h0 and, in an LSTM, c0."""
+        sizes = [self.get_expected_hidden_size(x, batch_sizes)]
+        return [*sizes, self.get_expected_cell_size(x, batch_sizes)] if self.mode == "LSTM" else sizes
+
     def _states(self: Any, hx: Any, x: Tensor, batch_sizes: Tensor | None, single: bool, order: Tensor | None) -> list[Tensor]:
         """h0, and c0 of an LSTM: zeros, or those given, as a batch in the order of the tokens."""
         if hx is None:
-            sizes = [self.get_expected_hidden_size(x, batch_sizes)]
-            sizes += [self.get_expected_cell_size(x, batch_sizes)] * (self.mode == "LSTM")
-            return [torch.zeros(size, dtype=x.dtype, device=x.device) for size in sizes]
+            return [torch.zeros(size, dtype=x.dtype, device=x.device) for size in self._sizes(x, batch_sizes)]
         states = list(hx) if self.mode == "LSTM" else [hx]
         if single:
             for name, state in zip(("hx", "cx"), states):
@@ -67,10 +69,9 @@ class _Network:
                 raise RuntimeError(f"{self._get_name()}: {name} must have 3 dimensions for a batch of sequences, got {state.dim()}")
         return states if order is None else [state.index_select(1, order) for state in states]
 
-    def _check(self: Any, x: Tensor, batch_sizes: Tensor | None, states: list[Tensor], expected: tuple[int, ...], single: bool) -> None:
+    def _check(self: Any, x: Tensor, batch_sizes: Tensor | None, states: list[Tensor], single: bool) -> None:
         self.check_input(x, batch_sizes)
-        for i, state in enumerate(states):
-            wanted = expected if i == 0 else self.get_expected_cell_size(x, batch_sizes)
+        for i, (state, wanted) in enumerate(zip(states, self._sizes(x, batch_sizes))):
             if tuple(state.shape) != tuple(wanted):
                 first = "B, T, I" if self.batch_first else "T, B, I"
                 hint = f"; the input {tuple(x.shape)} is read as ({first}): is batch_first right?"

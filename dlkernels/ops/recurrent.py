@@ -38,8 +38,6 @@ __all__: list[str] = []
 
 
 class _Layer(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(
         x: Tensor, h0: Tensor, c0: Tensor | None, batch_sizes: Tensor | None, mode: Mode, keep_gates: bool, *weights: Tensor
@@ -72,6 +70,8 @@ def layer(
     x: Tensor, h0: Tensor, c0: Tensor | None, batch_sizes: Tensor | None, mode: Mode, weights: Sequence[Tensor], recompute: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """y, hn and cn of arguments that fit each other. ``recompute``: compute the gates again in backward instead of keeping them."""
+    if torch._C._are_functorch_transforms_active():  # which cannot batch an op that takes a list
+        return (*definition(x, h0, c0, batch_sizes, mode, None, *weights), None)[:3]  # type: ignore[return-value]
     if needs_grad(x, h0, c0, *weights):
         return apply_function(_Layer, x, h0, c0, batch_sizes, mode, not recompute, *weights)[:3]
     return raw.forward(x, h0, c0, weights, batch_sizes, mode.code, False, False)[:3]

@@ -19,43 +19,48 @@ from .recurrent_raw import GRU, LSTM, MODES, RNN_RELU, RNN_TANH, Mode
 
 __all__ = ["gru_cell", "lstm_cell", "rnn_relu_cell", "rnn_tanh_cell"]
 
+WEIGHTS = ("w_ih", "w_hh", "b_ih", "b_hh")
+
+
+def _misfit(mode: Mode, x: Tensor, h: Tensor, c: Tensor | None, *weights: Tensor | None) -> str | None:
+    """Which argument has a shape that does not fit input and h. torch's own cells read past the end of some that don't."""
+    if x.dim() != 2 or h.dim() != 2:
+        return f"input and h must have 2 dimensions, (B, I) and (B, H), got shapes {tuple(x.shape)} and {tuple(h.shape)}"
+    (batch, width), hidden = x.shape, h.shape[1]
+    rows = mode.gates * hidden
+    shapes = [(batch, hidden), (batch, hidden), (rows, width), (rows, hidden), (rows,), (rows,)]
+    for name, t, shape in zip(("h", "c", *WEIGHTS), (h, c, *weights), shapes):
+        if t is not None and t.shape != shape:
+            return f"{name} has shape {tuple(t.shape)}, needs {shape} for input {tuple(x.shape)} and h {tuple(h.shape)}"
+    return None
+
 
 def _unsupported(mode: Mode, x: Tensor, h: Tensor, c: Tensor | None, *weights: Tensor | None) -> str | None:
     """Why PyTorch's own cell runs for these arguments, or None where our kernels do. ``weights``: w_ih, w_hh, b_ih, b_hh."""
-    names = ("w_ih", "w_hh", "b_ih", "b_hh")
-    reason = unsupported(("input", x), ("h", h), optional=(("c", c), *zip(names, weights)))
+    reason = unsupported(("input", x), ("h", h), optional=(("c", c), *zip(WEIGHTS, weights)))
     if reason is not None:
         return reason
-    w_ih, w_hh, *biases = weights
-    if w_ih is None or w_hh is None or (c is None) == mode.has_cell or len({b is None for b in biases}) > 1:
+    given = [t for t in (x, h, c, *weights) if t is not None]
+    if len(given) not in (4 + mode.has_cell, 6 + mode.has_cell) or (c is None) == mode.has_cell:
         return "a state or a weight is missing"
-    if x.dim() != 2 or h.dim() != 2 or w_ih.dim() != 2:
-        return "input, h and w_ih do not have 2 dimensions"
-    batch, hidden = h.shape
-    rows = mode.gates * hidden
-    wanted: list[tuple[Any, Any]] = [(x, (batch, w_ih.shape[1])), (c, h.shape), (w_ih, (rows, x.shape[1])), (w_hh, (rows, hidden))]
-    wanted += [(b, (rows,)) for b in biases]
-    shapes = [tuple(t.shape) for t, shape in wanted if t is not None and t.shape != shape]
-    if shapes:
-        return f"shape {shapes[0]} does not fit input {tuple(x.shape)} and h {tuple(h.shape)}"
-    if not x.numel() or not h.numel():
-        return "there are no numbers"
-    dtypes = {t.dtype for t, _ in wanted if t is not None}
-    return f"dtypes {', '.join(sorted(str(dtype) for dtype in dtypes))} differ" if len(dtypes) > 1 else None
+    if any(t.dtype != x.dtype for t in given):
+        return f"dtypes {', '.join(sorted({str(t.dtype) for t in given}))} differ"
+    return _misfit(mode, x, h, c, *weights) or ("there are no numbers" if not x.numel() or not h.numel() else None)
 
 
 def _cell(mode: Mode, x: Tensor, h: Tensor, c: Tensor | None, *weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    dtype = autocast_dtype(x)
-    out = None if h is None else h.dtype
+    dtype = autocast_dtype(x) if isinstance(x, Tensor) and isinstance(h, Tensor) else None
+    out = getattr(h, "dtype", None)
     if dtype is not None:  # torch's products become narrow; but for the plain cells, they are added to the state as it is
-        require_tensors(("input", x), ("h", h))
         x, h, c, *weights = in_autocast(dtype, x, h, c, *weights)  # type: ignore[assignment]
-        out = x.dtype if mode.gates == 1 else torch.promote_types(x.dtype, out)
+        out = x.dtype if mode.gates == 1 else torch.promote_types(x.dtype, h.dtype if out is None else out)
     reason = _unsupported(mode, x, h, c, *weights)
     if reason is not None:
-        require_tensors(("input", x), ("h", h), optional=(("c", c), *zip(("w_ih", "w_hh", "b_ih", "b_hh"), weights)))
+        require_tensors(("input", x), ("h", h), optional=(("c", c), *zip(WEIGHTS, weights)))
         if is_spread(x, h, c, *weights):
             return on_shards("recurrent_cell", mode, x, h, c, *weights)
+        if misfit := _misfit(mode, x, h, c, *weights):
+            raise RuntimeError(f"{mode.name}_cell: {misfit}")
         return without_kernel(reason, _native, mode, x, h, c, *weights, name=f"{mode.name}_cell")
     given = [w for w in weights if w is not None]
     _, hn, cn = layer(x, h[None], None if c is None else c[None], None, mode, given)
@@ -63,17 +68,9 @@ def _cell(mode: Mode, x: Tensor, h: Tensor, c: Tensor | None, *weights: Tensor |
 
 
 def _native(mode: Mode, x: Tensor, h: Tensor, c: Tensor | None, *weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    _refuse_what_crashes(mode, x, h, c, weights)
     if mode is LSTM:
         return torch.lstm_cell(x, (h, c), *weights)  # type: ignore[arg-type]
     return getattr(torch, f"{mode.name}_cell")(x, h, *weights), None
-
-
-def _refuse_what_crashes(mode: Mode, x: Tensor, h: Tensor, c: Tensor | None, weights: Sequence[Tensor | None]) -> None:
-    """torch's cells read past the end of states whose batch is another's."""
-    for name, t in (("h", h), ("c", c)):
-        if t is not None and x.dim() == 2 and (t.dim() != 2 or t.shape[0] != x.shape[0]):
-            raise RuntimeError(f"{name} has shape {tuple(t.shape)}, needs ({x.shape[0]}, H) for input of shape {tuple(x.shape)}")
 
 
 def lstm_cell(
@@ -133,7 +130,9 @@ def _register(mode: Mode, bench: Sequence[dict[str, int]]) -> None:
     def make(factory: Callable[..., Tensor], B: int, I: int, H: int, bias: bool = True) -> tuple[Tensor, ...]:
         rows = mode.gates * H
         states = [factory(B, H) for _ in range(1 + mode.has_cell)]
-        weights = [factory(rows, I) / I**0.5, factory(rows, H) / H**0.5]
+        weights = [factory(rows, I), factory(rows, H)]
+        if mode is not RNN_RELU:  # gates that are neither open nor shut
+            weights = [w / w.shape[1] ** 0.5 for w in weights]
         return factory(B, I), *states, *weights, *(factory(rows) for _ in range(2 * bias))
 
     def cost(B: int, I: int, H: int, bias: bool = True) -> Cost:
