@@ -214,7 +214,7 @@ def test_every_op_refuses_what_does_not_fit() -> None:
                     if isinstance(theirs, Exception):
                         assert isinstance(ours, Exception), f"{op.name}: argument {i} as {wrong}"
                         assert isinstance(ours, (type(theirs), RuntimeError, TypeError)), f"{op.name}: {ours!r}, native {theirs!r}"
-                    else:
+                    elif op.name != "lstm" or not isinstance(ours, RuntimeError):  # torch's reads past the end of what is too small
                         torch.testing.assert_close(ours, theirs)
 
 
