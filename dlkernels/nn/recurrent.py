@@ -1,4 +1,7 @@
-"""Recurrent layers: the parameters, initialisation and state_dicts of torch.nn's over our kernels."""
+"""Recurrent layers: the parameters, initialisation and state_dicts of torch.nn's over our kernels.
+
+The networks derive from torch's base class and not from torch.nn.LSTM and its like, which torch.compile refuses to look into.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +16,16 @@ from .. import functional as F
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 
 
-class _Network:
-    """What LSTM, GRU and RNN share: from the arguments of a module to those of a function, and back.
-
-    ``recompute``: keep no gates for the backward, which computes them again: less memory for more work.
-    """
+class _Network(torch.nn.RNNBase):
+    """What LSTM, GRU and RNN share: from the arguments of a module to those of a function, and back."""
 
     recompute = False
 
-    def __init__(self, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, mode: str, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
+        super().__init__(mode, *args, **kwargs)
         self.recompute = recompute
 
-    def forward(self: Any, input: Any, hx: Any = None) -> Any:
+    def forward(self, input: Any, hx: Any = None) -> Any:
         packed = isinstance(input, PackedSequence)
         x, batch_sizes = (input.data, input.batch_sizes) if packed else (input, None)
         order, back = (input.sorted_indices, input.unsorted_indices) if packed else (None, None)
@@ -49,12 +49,12 @@ class _Network:
             y, ends = y.squeeze(0 if self.batch_first else 1), [end.squeeze(1) for end in ends]
         return y, (tuple(ends) if len(ends) > 1 else ends[0])
 
-    def _sizes(self: Any, x: Tensor, batch_sizes: Tensor | None) -> list[tuple[int, ...]]:
+    def _sizes(self, x: Tensor, batch_sizes: Tensor | None) -> list[tuple[int, ...]]:
         """The shapes of h0 and, in an LSTM, c0."""
-        sizes = [self.get_expected_hidden_size(x, batch_sizes)]
-        return [*sizes, self.get_expected_cell_size(x, batch_sizes)] if self.mode == "LSTM" else sizes
+        rows, batch, width = self.get_expected_hidden_size(x, batch_sizes)  # of h, which proj_size may narrow
+        return [(rows, batch, width), (rows, batch, self.hidden_size)][: 1 + (self.mode == "LSTM")]
 
-    def _states(self: Any, hx: Any, x: Tensor, batch_sizes: Tensor | None, single: bool, order: Tensor | None) -> list[Tensor]:
+    def _states(self, hx: Any, x: Tensor, batch_sizes: Tensor | None, single: bool, order: Tensor | None) -> list[Tensor]:
         """h0, and c0 of an LSTM: zeros, or those given, as a batch in the order of the tokens."""
         if hx is None:
             return [torch.zeros(size, dtype=x.dtype, device=x.device) for size in self._sizes(x, batch_sizes)]
@@ -69,7 +69,7 @@ class _Network:
                 raise RuntimeError(f"{self._get_name()}: {name} must have 3 dimensions for a batch of sequences, got {state.dim()}")
         return states if order is None else [state.index_select(1, order) for state in states]
 
-    def _check(self: Any, x: Tensor, batch_sizes: Tensor | None, states: list[Tensor], single: bool) -> None:
+    def _check(self, x: Tensor, batch_sizes: Tensor | None, states: list[Tensor], single: bool) -> None:
         self.check_input(x, batch_sizes)
         for i, (state, wanted) in enumerate(zip(states, self._sizes(x, batch_sizes))):
             if tuple(state.shape) != tuple(wanted):
@@ -81,19 +81,37 @@ class _Network:
                 )
 
 
-class LSTM(_Network, torch.nn.LSTM):
+class LSTM(_Network):
     """``torch.nn.LSTM`` on our kernels: ``(T, B, I)`` -> ``(T, B, D H)``, (hn, cn). With ``proj_size`` PyTorch's own network runs.
 
     ``recompute=True`` keeps no gates for the backward, which computes them again from input and output: less memory for more work.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__("LSTM", *args, **kwargs)
 
-class GRU(_Network, torch.nn.GRU):
+
+class GRU(_Network):
     """``torch.nn.GRU`` on our kernels: ``(T, B, I)`` -> ``(T, B, D H)``, hn. ``recompute`` as in ``LSTM``."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if kwargs.get("proj_size"):
+            raise ValueError("proj_size is an option of LSTM, not of GRU")
+        super().__init__("GRU", *args, **kwargs)
 
-class RNN(_Network, torch.nn.RNN):
+
+class RNN(_Network):
     """``torch.nn.RNN`` on our kernels, with tanh or relu: ``(T, B, I)`` -> ``(T, B, D H)``, hn."""
+
+    def __init__(
+        self, input_size: int, hidden_size: int, num_layers: int = 1, nonlinearity: str = "tanh", *args: Any, **kwargs: Any
+    ) -> None:
+        if kwargs.get("proj_size"):
+            raise ValueError("proj_size is an option of LSTM, not of RNN")
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(f"nonlinearity must be tanh or relu, got {nonlinearity!r}")
+        self.nonlinearity = nonlinearity
+        super().__init__(f"RNN_{nonlinearity.upper()}", input_size, hidden_size, num_layers, *args, **kwargs)
 
 
 class _Cell:

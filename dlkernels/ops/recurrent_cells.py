@@ -48,15 +48,15 @@ def _unsupported(mode: Mode, x: Tensor, h: Tensor, c: Tensor | None, *weights: T
     return _misfit(mode, x, h, c, *weights) or ("there are no numbers" if not x.numel() or not h.numel() else None)
 
 
-def _cell(mode: Mode, x: Tensor, h: Tensor, c: Tensor | None, *weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    dtype = autocast_dtype(x) if isinstance(x, Tensor) and isinstance(h, Tensor) else None
-    out = getattr(h, "dtype", None)
+def cell(mode: Mode, x: Tensor, h: Tensor, c: Tensor | None, *weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The new h and, of an LSTM, c."""
+    require_tensors(("input", x), ("h", h), optional=(("c", c), *zip(WEIGHTS, weights)))
+    out, dtype = h.dtype, autocast_dtype(x)
     if dtype is not None:  # torch's products become narrow; but for the plain cells, they are added to the state as it is
         x, h, c, *weights = in_autocast(dtype, x, h, c, *weights)  # type: ignore[assignment]
-        out = x.dtype if mode.gates == 1 else torch.promote_types(x.dtype, h.dtype if out is None else out)
+        out = x.dtype if mode.gates == 1 else torch.promote_types(x.dtype, out)
     reason = _unsupported(mode, x, h, c, *weights)
     if reason is not None:
-        require_tensors(("input", x), ("h", h), optional=(("c", c), *zip(WEIGHTS, weights)))
         if is_spread(x, h, c, *weights):
             return on_shards("recurrent_cell", mode, x, h, c, *weights)
         if misfit := _misfit(mode, x, h, c, *weights):
@@ -91,28 +91,28 @@ def lstm_cell(
         RuntimeError: shapes, dtypes or devices do not fit. TypeError: an argument is not a tensor.
     """
     h, c = hx
-    return _cell(LSTM, input, h, c, w_ih, w_hh, b_ih, b_hh)  # type: ignore[return-value]
+    return cell(LSTM, input, h, c, w_ih, w_hh, b_ih, b_hh)  # type: ignore[return-value]
 
 
 def gru_cell(
     input: Tensor, hx: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
 ) -> Tensor:
     """One step of a GRU, ``torch.gru_cell``: as ``lstm_cell`` with ``hx`` = h; rows of the reset, update and new gates."""
-    return _cell(GRU, input, hx, None, w_ih, w_hh, b_ih, b_hh)[0]
+    return cell(GRU, input, hx, None, w_ih, w_hh, b_ih, b_hh)[0]
 
 
 def rnn_tanh_cell(
     input: Tensor, hx: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
 ) -> Tensor:
     """One step of a plain recurrent network, ``torch.rnn_tanh_cell``: as ``lstm_cell`` with ``hx`` = h and weights of one gate."""
-    return _cell(RNN_TANH, input, hx, None, w_ih, w_hh, b_ih, b_hh)[0]
+    return cell(RNN_TANH, input, hx, None, w_ih, w_hh, b_ih, b_hh)[0]
 
 
 def rnn_relu_cell(
     input: Tensor, hx: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
 ) -> Tensor:
     """``rnn_tanh_cell`` with relu."""
-    return _cell(RNN_RELU, input, hx, None, w_ih, w_hh, b_ih, b_hh)[0]
+    return cell(RNN_RELU, input, hx, None, w_ih, w_hh, b_ih, b_hh)[0]
 
 
 # ---- for OPS: every tensor an argument of its own -----------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ def _register(mode: Mode, bench: Sequence[dict[str, int]]) -> None:
 
     register(
         Op(
-            name=f"{mode.name}_cell", module="recurrent", call=arranged(results(_cell)), reference=arranged(results(definition)),
+            name=f"{mode.name}_cell", module="recurrent", call=arranged(results(cell)), reference=arranged(results(definition)),
             native=arranged(results(_native)), make=make, samples=SAMPLES, bench=bench, quick=bench[:1], tiny=[{"B": 1, "I": 16, "H": 16}],
             cost=cost, raw=("recurrent_forward", "recurrent_backward"), supports=arranged(_unsupported),
         )

@@ -64,12 +64,13 @@ def _unsupported(mode: Mode, x: Tensor, states: States, params: Sequence[Tensor]
     return f"dtypes {', '.join(sorted(str(dtype) for dtype in dtypes))} differ" if len(dtypes) > 1 else None
 
 
-def _network(
+def network(
     mode: Mode, x: Tensor, states: States, params: Sequence[Tensor], has_biases: bool, num_layers: int, dropout: float, train: bool,
     bidirectional: bool, batch_first: bool, batch_sizes: Tensor | None, recompute: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    out = states[0].dtype
-    dtype = autocast_dtype(x) if isinstance(x, Tensor) else None
+    """output, hn and, of an LSTM, cn: see ``lstm``."""
+    require_tensors(("input", x), *(("hx", h) for h in states), *((f"params[{i}]", w) for i, w in enumerate(params)))
+    out, dtype = states[0].dtype, autocast_dtype(x)
     if dtype is not None:  # torch's products become narrow; its GRU adds them to h as it is
         x, *tensors = in_autocast(dtype, x, *states, *params)  # type: ignore[assignment]
         out = torch.promote_types(x.dtype, out) if mode is GRU else x.dtype
@@ -84,7 +85,6 @@ def _network(
 
     reason = _unsupported(mode, x, states, params, misfit)
     if reason is not None:
-        require_tensors(("input", x), *(("hx", h) for h in states), *((f"params[{i}]", w) for i, w in enumerate(params)))
         options = (has_biases, num_layers, dropout, train, bidirectional, batch_first, batch_sizes)
         if is_spread(x, *states, *params):
             return on_shards("recurrent_network", mode, x, states, params, *options)
@@ -141,20 +141,20 @@ def lstm(
         RuntimeError: shapes, dtypes or devices do not fit. TypeError: an argument is not a tensor.
     """
     options = (has_biases, num_layers, dropout, train, bidirectional, batch_first, batch_sizes, recompute)
-    return _network(LSTM, input, tuple(hx), params, *options)
+    return network(LSTM, input, tuple(hx), params, *options)
 
 
 def _of_one_state(mode: Mode, summary: str) -> Callable[..., tuple[Tensor, ...]]:
-    def network(
+    def function(
         input: Tensor, hx: Tensor, params: Sequence[Tensor], has_biases: bool, num_layers: int, dropout: float, train: bool,
         bidirectional: bool, batch_first: bool = False, batch_sizes: Tensor | None = None, recompute: bool = False,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         options = (has_biases, num_layers, dropout, train, bidirectional, batch_first, batch_sizes, recompute)
-        return _network(mode, input, (hx,), params, *options)
+        return network(mode, input, (hx,), params, *options)
 
-    network.__name__ = network.__qualname__ = mode.name
-    network.__doc__ = f"{summary}: arguments and results as ``lstm``, but for ``hx``, which is h0 alone, and the results, output and hn."
-    return network
+    function.__name__ = function.__qualname__ = mode.name
+    function.__doc__ = f"{summary}: arguments and results as ``lstm``, but for ``hx``, which is h0 alone, and the results, output and hn."
+    return function
 
 
 gru = _of_one_state(GRU, "A network of GRU layers (Cho et al. 2014, arXiv:1406.1078; b_hn within the reset)")
@@ -173,7 +173,7 @@ def _register(mode: Mode, samples: Sequence[dict[str, Any]], bench: Sequence[dic
     def call(x: Tensor, layers: int, bidirectional: bool, *states_and_params: Tensor) -> tuple[Tensor, ...]:
         states, params = _split(mode, states_and_params)
         biases = len(params) == 4 * layers * (1 + bidirectional)
-        return _network(mode, x, states, params, biases, layers, 0.0, True, bidirectional, False, None, False)
+        return network(mode, x, states, params, biases, layers, 0.0, True, bidirectional, False, None, False)
 
     def native(x: Tensor, layers: int, bidirectional: bool, *states_and_params: Tensor) -> tuple[Tensor, ...]:
         states, params = _split(mode, states_and_params)
@@ -183,7 +183,7 @@ def _register(mode: Mode, samples: Sequence[dict[str, Any]], bench: Sequence[dic
     def supports(x: Tensor, layers: int, bidirectional: bool, *states_and_params: Tensor) -> str | None:
         states, params = _split(mode, states_and_params)
         D = 1 + bidirectional
-        biases = len(params) == 4 * layers * D
+        biases = len(params) >= 4 * layers * D
         return _unsupported(mode, x, states, params, lambda: _misfit(mode, x, states, params, biases, layers * D, D, x.shape[1]))
 
     def make(
