@@ -140,7 +140,7 @@ def test_a_projection_is_pytorchs_own() -> None:
         compare(ours, theirs, torch.randn(5, 3, 4, dtype=torch.float64, requires_grad=True), lambda x: x)
     assert not recorded.calls
     args = torch.zeros(5, 3, 4), 1, False, torch.zeros(1, 3, 3), torch.zeros(1, 3, 6)
-    weights = torch.zeros(24, 4), torch.zeros(24, 3), torch.zeros(24), torch.zeros(24), torch.zeros(6, 3)
+    weights = torch.zeros(24, 4), torch.zeros(24, 3), torch.zeros(24), torch.zeros(24), torch.zeros(3, 6)
     assert "projection" in dlkernels.explain("lstm", *args, *weights).reason
 
 

@@ -49,7 +49,7 @@ class _Network(torch.nn.RNNBase):
             y, ends = y.squeeze(0 if self.batch_first else 1), [end.squeeze(1) for end in ends]
         return y, (tuple(ends) if len(ends) > 1 else ends[0])
 
-    def _sizes(self, x: Tensor, batch_sizes: Tensor | None) -> list[tuple[int, ...]]:
+    def _sizes(self, x: Tensor, batch_sizes: Tensor | None) -> list[tuple[int, int, int]]:
         """The shapes of h0 and, in an LSTM, c0."""
         rows, batch, width = self.get_expected_hidden_size(x, batch_sizes)  # of h, which proj_size may narrow
         return [(rows, batch, width), (rows, batch, self.hidden_size)][: 1 + (self.mode == "LSTM")]
