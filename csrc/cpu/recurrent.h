@@ -131,6 +131,14 @@ template <class T> struct Arrays {
     T *da, *ds;          // backward: [N][D][GATES][H] and, in a GRU, [N][D][H]
 };
 
+// Fetch what a block of units of one row will need, while its sums are being computed: `count` arrays, `step` numbers apart, of memory that
+// the hardware does not see coming.
+template <bool WRITE = false, class E> inline void fetch(const E* p, int64_t count, int64_t step, int64_t units) {
+    constexpr int64_t LINE = 64 / sizeof(E);
+    for (int64_t i = 0; p && i < count; i++)
+        for (int64_t u = 0; u < units; u += LINE) __builtin_prefetch(p + i * step + u, WRITE, 2);
+}
+
 // Sums of one block of units: where those of a row and of a gate begin.
 template <class C> struct Sums {
     const C* p;
@@ -190,6 +198,14 @@ template <class T, class Cell> struct Forward {
             }
         }
     }
+    void fetch_units(const Share& s, int64_t t, int64_t n, int64_t u, int64_t units) const {
+        for (int64_t j = 0; j < n; j++) {
+            int64_t token = tokens.offset[t] + s.sequence(j), place = (token * to.D + s.d) * to.H;
+            fetch(input[s.d] + (token - first[s.d]) * G * to.H + u, G, to.H, units);
+            if (to.gates) fetch<true>(to.gates + place * KEPT + u, KEPT, to.H, units);
+            if (to.cells) fetch<true>(to.cells + place + u, 1, 0, units);
+        }
+    }
     // Steps [p0, p1) of a share, in its own order.
     void steps(const Share& s, int64_t p0, int64_t p1, const Panels<step_micro<T>>& w) const {
         constexpr int NR = Panels<step_micro<T>>::NR;
@@ -199,6 +215,7 @@ template <class T, class Cell> struct Forward {
             int64_t t = tokens.step(up, p), n = s.running(tokens.size[t]);
             begin(s, p, p == 0 ? 0 : s.running(tokens.size[tokens.step(up, p - 1)]), n);
             for (int64_t b = 0; b < w.blocks(); b++) {
+                fetch_units(s, t, n, b * NR, std::min<int64_t>(NR, to.H - b * NR));
                 w.multiply(n, carried.row(s, p), carried.K, b, sums);
                 units(s, t, p, 0, n, b * NR, std::min(to.H, (b + 1) * NR), {sums, G * NR, NR});
             }
@@ -258,6 +275,16 @@ template <class T, class Cell> struct Backward {
             }
         }
     }
+    void fetch_units(const Share& s, int64_t t, int64_t n, int64_t u, int64_t units) const {
+        for (int64_t j = 0; j < n; j++) {
+            int64_t place = ((tokens.offset[t] + s.sequence(j)) * of.D + s.d) * of.H;
+            if (of.dy) fetch(of.dy + place + u, 1, 0, units);
+            if (KEPT) fetch(of.gates + place * KEPT + u, KEPT, of.H, units);
+            if (Cell::HAS_CELL) fetch(of.cells + place + u, 1, 0, units);
+            else fetch(of.y + place + u, 1, 0, units);
+            fetch<true>(of.da + place * G + u, G, of.H, units);
+        }
+    }
     // All steps of a share, from the last to the first, and one more for h0.
     void steps(const Share& s, const Panels<step_micro<T>>& w) const {
         constexpr int NR = Panels<step_micro<T>>::NR;
@@ -266,6 +293,7 @@ template <class T, class Cell> struct Backward {
         for (int64_t p = 0, known = 0; p <= tokens.T; p++) {
             int64_t t = p < tokens.T ? tokens.step(up, p) : 0, running = p < tokens.T ? s.running(tokens.size[t]) : 0;
             for (int64_t b = 0; b < w.blocks(); b++) {
+                if (running) fetch_units(s, t, running, b * NR, std::min<int64_t>(NR, of.H - b * NR));
                 if (known) w.multiply(known, carried.row(s, p - 1), carried.K, b, sums);
                 units(s, t, p, 0, std::max(known, running), known, running, b * NR, std::min(of.H, (b + 1) * NR), {sums, NR, NR});
             }
