@@ -64,7 +64,8 @@ def cell(mode: Mode, x: Tensor, h: Tensor, c: Tensor | None, *weights: Tensor | 
         return without_kernel(reason, _native, mode, x, h, c, *weights, name=f"{mode.name}_cell")
     given = [w for w in weights if w is not None]
     _, hn, cn = layer(x, h[None], None if c is None else c[None], None, mode, given)
-    return hn[0].to(out), None if cn is None else cn[0].to(out)
+    found = hn[0], None if cn is None else cn[0]
+    return found if out is hn.dtype else tuple(t if t is None else t.to(out) for t in found)  # type: ignore[return-value]
 
 
 def _native(mode: Mode, x: Tensor, h: Tensor, c: Tensor | None, *weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
