@@ -46,14 +46,14 @@ struct Reach {
 };
 
 // Pixels whose coordinates leave the same remainders, divided by the strides, are reached by the same taps: a bank for each remainder.
-template <class T, Memory MEMORY> void input_gradient(const Geometry& s, const T* dz, const T* weight, T* dx) {
+template <class T, Memory MEMORY> void input_gradient(const Geometry& s, const T* dz, const T* weight, const T* bias, T* dx) {
     int64_t taps = s.R * s.S;
     std::vector<Bank<T, MEMORY>> banks;
     for (int64_t a = 0; a < std::min(s.stride[0], s.H); a++)
         for (int64_t b = 0; b < std::min(s.stride[1], s.W); b++) {
             Reach h(s.R, s.stride[0], s.before[0], s.dilation[0], a), w(s.S, s.stride[1], s.before[1], s.dilation[1], b);
             int64_t I = ceil_div(s.H - a, s.stride[0]), L = ceil_div(s.W - b, s.stride[1]);
-            Result<T, MEMORY> result{dx, nullptr, nullptr, {NONE}, s.C, s.H, s.W, I, L, L, s.stride[0], s.stride[1], a, b};
+            Result<T, MEMORY> result{dx, nullptr, bias, {NONE}, s.C, s.H, s.W, I, L, L, s.stride[0], s.stride[1], a, b};
             banks.emplace_back(Axis{s.P, I, 1, h.at}, Axis{s.Q, L, 1, w.at}, h.taps, w.taps, s.S, result);
         }
     Filters<T> filters{weight, s.C1, s.O1 * s.C1 * taps, s.to_channel, s.C1 * taps, s.to_tap, taps};
@@ -194,11 +194,13 @@ template <class T, Memory MEMORY> struct WeightGradient {
                     store(at, total, lanes);
                 }
         }, parts == 1 || size <= SERIAL_NUMBERS);
+        bool taps_last = s.to_tap == 1;  // in the memory of dweight
+        int64_t outer = taps_last ? s.C1 : taps, inner = taps_last ? taps : s.C1, sa = taps_last ? sc : st, sb = taps_last ? st : sc;
         parallel(s.O1, [&](int64_t o, int64_t end) {
             for (; o < end; o++) {
                 T* to = dweight + (g * s.O1 + o) * s.C1 * taps;
-                for (int64_t c = 0; c < s.C1; c++)
-                    for (int64_t t = 0; t < taps; t++) put_one(to++, sums[o * so + t * st + c * sc]);
+                for (int64_t a = 0; a < outer; a++)
+                    for (int64_t b = 0; b < inner; b++) put_one(to++, sums[o * so + a * sa + b * sb]);
             }
         }, size <= SERIAL_NUMBERS);
     }

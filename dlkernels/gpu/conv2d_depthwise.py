@@ -53,10 +53,11 @@ def conv2d_depthwise_forward(
 
 @triton.jit
 def conv2d_depthwise_dx(
-    dz, weight, dx, M, C, H, W, P, Q, OUTPUTS, dz_o, dz_q, dz_gap, dx_c, dx_w, dx_gap, sh: tl.constexpr, sw: tl.constexpr, top,
+    dz, weight, bias, dx, M, C, H, W, P, Q, OUTPUTS, dz_o, dz_q, dz_gap, dx_c, dx_w, dx_gap, sh: tl.constexpr, sw: tl.constexpr, top,
     left, dh, dw, R: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """dx[m,c] = Σ dz[n, p, q, o] W[o,r,s] over the outputs o of c and the taps, where p sh = h + top - r dh and q sw = w + left - s dw."""
+    """dx[m,c] = Σ dz[n, p, q, o] W[o,r,s] + b[c] over the outputs o of c and the taps, where p sh = h + top - r dh and
+    q sw = w + left - s dw. bias may be None."""
     ACC: tl.constexpr = tl.float64 if dz.dtype.element_ty == tl.float64 else tl.float32
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     c = tl.program_id(1).to(tl.int64) * BC + tl.arange(0, BC)
@@ -73,6 +74,8 @@ def conv2d_depthwise_dx(
                 at = place(n, (n * P + p) * Q + q, dz_q, dz_gap)[:, None] + (o * dz_o)[None, :]
                 v = tl.load(dz + at, inside & saw[:, None], other=0.0)
                 acc += v.to(ACC) * tl.load(weight + (o * (R * S) + r * S + s), c < C, other=0.0).to(ACC)[None, :]
+    if bias is not None:
+        acc += tl.load(bias + c, c < C, other=0.0).to(ACC)[None, :]
     at = place(n, m, dx_w, dx_gap)[:, None] + (c * dx_c)[None, :]
     tl.store(dx + at, acc.to(dx.dtype.element_ty), inside)
 
@@ -145,18 +148,18 @@ def run_forward(k: Windows, x: Tensor, weight: Tensor, bias: Tensor | None, y: T
     )  # fmt: skip
 
 
-def run_dx(k: Windows, dz: Tensor, weight: Tensor, dx: Tensor) -> None:
-    """Fill dx."""
+def run_dx(k: Windows, dz: Tensor, weight: Tensor, bias: Tensor | None, dx: Tensor) -> None:
+    """Fill dx, ``bias`` added to it."""
     BM, BC = _tile(dx, k.C, k.pixels)
     sh, sw, *rest = k.moves
     launch(
-        conv2d_depthwise_dx, (ceil_div(k.pixels, BM), ceil_div(k.C, BC)), dz, weight.contiguous(), dx, k.pixels, k.C, k.H, k.W, k.P, k.Q,
-        k.outputs, *layout(dz), *layout(dx), sh, sw, *rest, R=k.R, S=k.S, BM=BM, BC=BC,
+        conv2d_depthwise_dx, (ceil_div(k.pixels, BM), ceil_div(k.C, BC)), dz, weight.contiguous(), bias, dx, k.pixels, k.C, k.H, k.W, k.P,
+        k.Q, k.outputs, *layout(dz), *layout(dx), sh, sw, *rest, R=k.R, S=k.S, BM=BM, BC=BC,
     )  # fmt: skip
 
 
 def run_dweight(k: Windows, dz: Tensor, x: Tensor, dweight: Tensor) -> None:
-    """Fill dweight, which is contiguous."""
+    """Fill dweight: one channel lies contiguously in either memory format."""
     BM, BO = _tile(dz, k.O, k.M)
     share = BM * TILES
     partial = dweight.new_empty((ceil_div(k.M, share), *dweight.shape), dtype=statistics_dtype(dweight))
@@ -167,9 +170,11 @@ def run_dweight(k: Windows, dz: Tensor, x: Tensor, dweight: Tensor) -> None:
     run_shares(partial, dweight)
 
 
-def run_backward(k: Windows, dz: Tensor, x: Tensor, weight: Tensor, dx: Tensor | None, dweight: Tensor | None) -> None:
-    """Fill dx and dweight, whichever is not None; dz and x dense, any weight."""
+def run_backward(
+    k: Windows, dz: Tensor, x: Tensor | None, weight: Tensor, dx: Tensor | None, dweight: Tensor | None, bias: Tensor | None = None
+) -> None:
+    """Fill dx, ``bias`` added to it, and dweight, whichever is not None; dz and x, which dweight needs, are dense, weight is any."""
     if dx is not None:
-        run_dx(k, dz, weight, dx)
-    if dweight is not None:
+        run_dx(k, dz, weight, bias, dx)
+    if dweight is not None and x is not None:
         run_dweight(k, dz, x, dweight)
