@@ -72,7 +72,7 @@ def test_kernels_compile(target: str, dtype: torch.dtype) -> None:
     for launch in itertools.chain(launches(LAYER, target, dtype), launches(DEPTHWISE, target, dtype)):
         assert_good(launch, target, tensor_cores=is_product(launch) and dtype == torch.bfloat16)
         names.add(launch.kernel.__name__)
-    products = {"conv2d_forward", "conv2d_backward_dx", "conv2d_backward_dweight", "conv2d_backward_dz", "combine", "add_shares"}
+    products = {"conv2d_forward", "conv2d_backward_dx", "conv2d_backward_dweight", "conv2d_backward_dz", "combine", "column_sums"}
     assert names == products | {"conv2d_depthwise_forward", "conv2d_depthwise_dx", "conv2d_depthwise_dweight"}
 
 

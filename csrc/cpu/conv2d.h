@@ -107,9 +107,6 @@ template <class T, Memory MEMORY> struct WeightGradient {
         });
     }
 
-    static int64_t rows_of(int64_t bytes_in_row, int64_t more, int64_t P) {
-        return std::clamp<int64_t>(GRID_BYTES / std::max<int64_t>(bytes_in_row, 1) - more, 1, std::max<int64_t>(P, 1));
-    }
     // body(g, part, share, n, i0, height, first) for parts of the bands of all images, in order within a part.
     template <class Prepare> void each_band(int64_t parts, int64_t shares, int64_t rows, double work, const Prepare& prepare) const {
         int64_t bands = ceil_div(s.P, rows), items = s.N * bands;
@@ -131,7 +128,7 @@ template <class T, Memory MEMORY> struct WeightGradient {
         Axis ah = s.axis(0), aw = s.axis(1);
         Span h{ah.step, ah.at.front(), ah.at.back()}, w{aw.step, aw.at.front(), aw.at.back()};
         int64_t width = round_up(s.C1, Micro::NR), size = taps * s.O1 * width, panels = ceil_div(s.O1, Micro::MR);
-        int64_t rows = rows_of(h.step * w.pixels(s.Q) * width * int64_t(sizeof(S)), (h.high - h.low) / h.step, s.P);
+        int64_t rows = rows_that_fit(h.step * w.pixels(s.Q) * width * int64_t(sizeof(S)), (h.high - h.low) / h.step, s.P);
         int64_t parts = parts_of(s.N * ceil_div(s.P, rows), size), shares = std::min(ceil_div(threads(), parts * s.groups), panels);
         Pixels<T, MEMORY, S> pixels{x, h, w, rows, s.Q, width};
         std::vector<int64_t> offset, place;
@@ -160,7 +157,7 @@ template <class T, Memory MEMORY> struct WeightGradient {
         int64_t K = s.C1 * taps, kt = COLUMNS ? s.C1 : 1, kc = COLUMNS ? 1 : taps;
         bool by_k = K * round_up(s.O1, NR) <= s.O1 * round_up(K, NR);
         int64_t width = round_up(K, by_k ? VL<S> : NR), run = by_k ? round_up(s.O1, NR) : width, size = (by_k ? K : s.O1) * run;
-        int64_t rows = rows_of(s.Q * width * int64_t(sizeof(S)), 0, s.P), parts = parts_of(s.N * ceil_div(s.P, rows), size);
+        int64_t rows = rows_that_fit(s.Q * width * int64_t(sizeof(S)), 0, s.P), parts = parts_of(s.N * ceil_div(s.P, rows), size);
         std::conditional_t<COLUMNS, Pixels<T, MEMORY, S>, Planes<T, MEMORY, S>> grid{x, h, w, rows, s.Q};
         std::vector<int64_t> offset(K), place;
         for (int64_t k = 0; k < K; k++) {

@@ -229,6 +229,9 @@ template <int S = 1, class V, int n> inline void transpose(V (&row)[n]) {
         transpose<2 * S>(row);
     }
 }
+template <class V, int... L> INLINE inline V evens(V a, V b, std::integer_sequence<int, L...>) {  // lanes 0, 2, ... of a followed by b
+    return __builtin_shufflevector(a, b, (2 * L)...);
+}
 
 // ---- products of bf16 pairs: a 32-bit lane holds k (low half) and k + 1 (high half) of one row ---------------------------------------
 

@@ -3,7 +3,7 @@
     conv2d_depthwise_forward   y [BM (n,p,q), BO]    over the taps (r, s)
     conv2d_depthwise_dx        dx [BM (n,h,w), BC]   over a channel's outputs and the taps; a tap counts where the stride divides
     conv2d_depthwise_dweight   a share of the positions, for BO outputs: over positions, tap by tap        workspace [shares, O R S]
-    add_shares                 adds up shares in a fixed order
+    column_sums                adds up shares in a fixed order                                             norm.py
 
 * Memory decides. Contiguous images take one channel per program and lanes along the positions; channels_last ones up to 64 channels.
 * A number is read under each of its taps, all but once from the cache: neighbours read it at the same time. A share of dweight is small
@@ -21,6 +21,7 @@ from .activations import EPILOGUES, LEAKY_RELU
 from .config import ceil_div
 from .conv2d_windows import Windows, advance, exists, layout, place, positions
 from .launch import launch
+from .norm import column_sums
 
 TILE, CHANNELS, TILES = 1024, 64, 4  # numbers of a tile, channels of a channels_last one, tiles of a share
 
@@ -109,22 +110,10 @@ def conv2d_depthwise_dweight(
         tl.store(partial + (row + tap), tl.sum(sums, axis=0), o < O)
 
 
-@triton.jit
-def add_shares(partial, total, SHARES, SIZE, BS: tl.constexpr, BLOCK: tl.constexpr):
-    """total[e] = Σ_s partial[s,e], always in the same order: BS sums of every BS-th share, then these."""
-    e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    s = tl.arange(0, BS)
-    sums = tl.zeros((BS, BLOCK), partial.dtype.element_ty)
-    for start in range(0, SHARES, BS):
-        there = (s < SHARES - start)[:, None] & (e < SIZE)[None, :]
-        sums += tl.load(partial + ((start + s).to(tl.int64) * SIZE)[:, None] + e[None, :], there, other=0.0)
-    tl.store(total + e, tl.sum(sums, axis=0).to(total.dtype.element_ty), e < SIZE)
-
-
 def run_shares(partial: Tensor, total: Tensor) -> None:
     """total = the sum of partial [shares, ...]"""
-    BS, BLOCK, size = 64, 32, total.numel()
-    launch(add_shares, (ceil_div(size, BLOCK),), partial, total, len(partial), size, BS=BS, BLOCK=BLOCK)
+    BN, size = 32, total.numel()
+    launch(column_sums, (ceil_div(size, BN),), partial, None, total, None, len(partial), size, BP=64, BN=BN)
 
 
 def is_depthwise(k: Windows) -> bool:
