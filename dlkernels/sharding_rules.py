@@ -155,15 +155,27 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, 
 def conv2d_act(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int, activation: str, slope: float
 ) -> Tensor:
-    layouts = _cut(x.shape, [0] if x.dim() == 4 else [], "input", name="images")
-    if groups == 1:
-        layouts.append(Layout("columns: Shard(0) of weight", {"weight": Shard(0), "bias": Shard(0)}, Shard(x.dim() - 3)))
-
     def compute(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.conv2d_act(x, weight, bias, stride, padding, dilation, groups, activation, slope)
 
-    name = "conv2d" if activation == "none" else f"conv2d_{activation}"
-    return run(name, {"input": x, "weight": weight, "bias": bias}, layouts, compute)
+    tensors = {"input": x, "weight": weight, "bias": bias}
+    return run("conv2d" if activation == "none" else f"conv2d_{activation}", tensors, _images_or_filters(x, 0, groups), compute)
+
+
+@rule
+def conv_transpose2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, output_padding: Any, groups: int, dilation: Any
+) -> Tensor:
+    def compute(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv_transpose2d(x, weight, bias, stride, padding, output_padding, groups, dilation)
+
+    return run("conv_transpose2d", {"input": x, "weight": weight, "bias": bias}, _images_or_filters(x, 1, groups), compute)
+
+
+def _images_or_filters(x: Tensor, outputs: int, groups: int) -> list[Layout]:
+    """Images cut along the batch, or a weight and its result along the output channels: dimension ``outputs`` of the weight."""
+    filters = Layout(f"columns: Shard({outputs}) of weight", {"weight": Shard(outputs), "bias": Shard(0)}, Shard(x.dim() - 3))
+    return _cut(x.shape, [0] if x.dim() == 4 else [], "input", name="images") + [filters] * (groups == 1)
 
 
 @rule

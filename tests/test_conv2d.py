@@ -75,6 +75,7 @@ def test_any_geometry_gives_the_exact_result(dtype: torch.dtype) -> None:
         ours = gradients(F.conv2d_relu if relu else F.conv2d, [x, weight, bias], case["options"], dy)
         for name, a, b in zip(("y", "dx", "dweight", "dbias"), ours, exact):
             assert torch.equal(a, b.to(dtype)), f"{name} of {case}, {dtype}"
+        assert ours[2].stride() == weight.stride(), f"dweight of {case}"
         assert dlkernels.explain("conv2d", x, weight, bias, *case["options"]).implementation != "reference"
         if case["of_weight"] == torch.contiguous_format:
             assert ours[0].stride() == expected.stride() and ours[1].stride() == x.stride(), case

@@ -1,27 +1,21 @@
-"""The Triton launchers of conv2d, and, without a GPU, the machine code that they compile to. Where they run: launchers.py.
-
-One file, of more than 300 lines, as the interpreter's process and the compiled kernels are tested on the same cases.
-"""
+"""The Triton launchers of conv2d: values, sizes, strides, what is refused. Where they run: launchers.py. What they compile to is in
+test_gpu_conv2d_code.py."""
 
 from __future__ import annotations
 
 import itertools
 import random
-import re
-from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
+from convolutions import CASES, Case, check, exact, tensors
 from launchers import DEVICE, DTYPES, INTERPRET, KEEPS_Z, REFERENCE, SLOPE, elsewhere, here, passes_in_the_interpreter, quiet
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 EPS = {torch.float32: 1e-5, torch.float64: 1e-13, torch.float16: 8e-3, torch.bfloat16: 8e-2}
-F = torch.nn.functional
-
-compiles = pytest.mark.skipif(INTERPRET, reason="the interpreter leaves nothing to compile")
 pytestmark = quiet
 
 
@@ -29,66 +23,6 @@ pytestmark = quiet
 @elsewhere
 def test_in_the_interpreter() -> None:
     passes_in_the_interpreter(__file__)
-
-
-class Case(NamedTuple):
-    """Images, channels, output channels, pixels, filter, stride, padding (top, bottom, left, right), dilation, groups."""
-
-    N: int
-    C: int
-    O: int
-    H: int
-    W: int
-    R: int
-    S: int
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
-    dilation: tuple[int, int] = (1, 1)
-    groups: int = 1
-
-    @property
-    def moves(self) -> tuple[list[int], list[int], list[int], int]:
-        return list(self.stride), list(self.padding), list(self.dilation), self.groups
-
-    def sizes(self) -> tuple[int, int]:
-        """P, Q"""
-        pads = self.padding[0] + self.padding[1], self.padding[2] + self.padding[3]
-        each = zip((self.H, self.W), pads, self.dilation, (self.R, self.S), self.stride, strict=True)
-        P, Q = ((size + pad - dilation * (taps - 1) - 1) // stride + 1 for size, pad, dilation, taps, stride in each)
-        return P, Q
-
-
-CASES = {
-    "one number": Case(1, 1, 1, 1, 1, 1, 1),
-    "1x1": Case(2, 17, 19, 3, 5, 1, 1),
-    "1x1 stride 2": Case(2, 16, 5, 5, 4, 1, 1, (2, 2)),
-    "3x3": Case(2, 16, 33, 5, 6, 3, 3, padding=(1, 1, 1, 1)),
-    "3x3 stride 2": Case(2, 33, 20, 7, 6, 3, 3, (2, 2), (1, 1, 1, 1)),
-    "3x3 stride 2 dilation 2": Case(1, 20, 16, 8, 9, 3, 3, (2, 2), (2, 1, 0, 3), (2, 2)),
-    "first layer": Case(1, 3, 17, 11, 10, 7, 7, (2, 2), (3, 3, 3, 3)),
-    "one channel": Case(3, 1, 6, 8, 8, 5, 5, padding=(2, 2, 2, 2)),
-    "uneven": Case(1, 20, 3, 9, 4, 5, 1, (3, 1), (0, 2, 1, 3), (2, 1)),
-    "pixels nobody sees": Case(1, 16, 4, 8, 8, 2, 1, (3, 4)),
-    "groups": Case(2, 34, 6, 5, 5, 3, 3, (1, 2), (1, 0, 1, 1), groups=2),
-    "many small groups": Case(1, 6, 15, 4, 6, 1, 3, padding=(0, 0, 1, 1), groups=3),
-    "depthwise": Case(2, 3, 3, 5, 6, 3, 3, padding=(1, 1, 1, 1), groups=3),
-    "depthwise stride 2": Case(1, 3, 3, 9, 8, 5, 3, (2, 3), (2, 0, 1, 1), (1, 2), groups=3),
-    "depthwise, three outputs": Case(1, 2, 6, 4, 5, 3, 3, (1, 2), (1, 1, 1, 1), groups=2),
-    "depthwise, six outputs": Case(1, 2, 12, 6, 5, 3, 3, padding=(1, 1, 1, 1), groups=2),
-}
-
-
-def randn(*shape: int, dtype: torch.dtype, integer: bool = False) -> Tensor:
-    """Normal, or small integers whose products and sums are exact in every dtype's accumulator."""
-    t = torch.randint(-3, 4, shape).double() if integer else torch.randn(shape, dtype=torch.float64)
-    return t.to(DEVICE, dtype)
-
-
-def tensors(case: Case, dtype: torch.dtype, last: bool = False, integer: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x, weight, bias, dy; x channels_last where ``last``"""
-    shapes = (case.N, case.C, case.H, case.W), (case.O, case.C // case.groups, case.R, case.S), (case.O,), (case.N, case.O, *case.sizes())
-    x, weight, bias, dy = (randn(*shape, dtype=dtype, integer=integer) for shape in shapes)
-    return x.contiguous(memory_format=torch.channels_last) if last else x, weight, bias, dy
 
 
 def ours(case: Case, x: Tensor, weight: Tensor, bias: Tensor | None, dy: Tensor, act: int = 0) -> tuple[Tensor, ...]:
@@ -99,27 +33,9 @@ def ours(case: Case, x: Tensor, weight: Tensor, bias: Tensor | None, dy: Tensor,
     assert (z is not None) == (act in KEEPS_Z)
     saved = z if act in KEEPS_Z else y if act else None
     found = y, *(t for t in conv2d.backward(dy, x, weight, saved, *case.moves, act, SLOPE, True, True, True) if t is not None)
-    for t in found[:2]:
-        assert t.stride() == torch.empty_like(t, memory_format=suggest_memory_format(x)).stride()
-    assert found[2].is_contiguous()
+    for t, like in zip(found, (x, x, weight)):
+        assert t.stride() == torch.empty_like(t, memory_format=suggest_memory_format(like)).stride()
     return found
-
-
-def exact(case: Case, x: Tensor, weight: Tensor, bias: Tensor | None, dy: Tensor, act: int = 0) -> tuple[Tensor, ...]:
-    """The same in float64."""
-    zero = torch.zeros(weight.shape[0], dtype=x.dtype, device=x.device)
-    inputs = [t.detach().double().contiguous().requires_grad_() for t in (x, weight, zero if bias is None else bias)]
-    (top, bottom, left, right), (x64, w64, b64) = case.padding, inputs
-    y = REFERENCE[act](F.conv2d(F.pad(x64, (left, right, top, bottom)), w64, b64, case.stride, 0, case.dilation, case.groups))
-    return y.detach(), *torch.autograd.grad(y, inputs, dy.double())
-
-
-def check(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...], eps: float) -> None:
-    for name, f, w in zip(("y", "dx", "dweight", "dbias"), found, wanted, strict=True):
-        assert f.shape == w.shape, name
-        if f.numel():
-            error = (f.double() - w).abs().max() / w.abs().max().clamp_min(1e-30)
-            assert error <= eps, f"{name}: {error}"
 
 
 @here
@@ -326,130 +242,3 @@ def test_the_phases_of_a_stride() -> None:
         every = itertools.product(range(pixels), range(taps))
         assert found == {(h, r, (h + before - r * dilation) // stride) for h, r in every if (h + before - r * dilation) % stride == 0}
         assert sorted(covered) == list(range(pixels))
-
-
-def meta(*shape: int, dtype: torch.dtype, last: bool = True) -> Tensor:
-    t = torch.empty(shape, dtype=dtype, device="meta")
-    return t.contiguous(memory_format=torch.channels_last) if last and len(shape) == 4 else t
-
-
-def launches(case: Case, target: str, dtype: torch.dtype = torch.bfloat16, last: bool = True, act: int = 1) -> Iterator[Any]:
-    """What the launchers would start for a case, each kernel with the same constants once."""
-    from dlkernels.gpu import aot, conv2d
-
-    x, y = meta(case.N, case.C, case.H, case.W, dtype=dtype, last=last), meta(case.N, case.O, *case.sizes(), dtype=dtype, last=last)
-    weight, bias = meta(case.O, case.C // case.groups, case.R, case.S, dtype=dtype, last=False), meta(case.O, dtype=dtype)
-    seen = set()
-    for launch in (
-        *aot.record(lambda: conv2d.forward(x, weight, bias, *case.moves, act, SLOPE, act in KEEPS_Z), target),
-        *aot.record(lambda: conv2d.backward(y, x, weight, y, *case.moves, act, SLOPE, True, True, True), target),
-    ):
-        key = launch.kernel.__name__, str(launch.constants)
-        if key not in seen:
-            seen.add(key)
-            yield launch
-
-
-LAYER = Case(32, 64, 64, 56, 56, 3, 3, padding=(1, 1, 1, 1))
-LARGE = Case(32, 256, 256, 28, 28, 3, 3, padding=(1, 1, 1, 1))
-DOWN = Case(32, 128, 256, 28, 28, 3, 3, (2, 2), (1, 1, 1, 1))
-FIRST = Case(32, 3, 64, 224, 224, 7, 7, (2, 2), (3, 3, 3, 3))
-DEEP = Case(1, 512, 512, 7, 7, 3, 3, padding=(1, 1, 1, 1))
-GROUPS = Case(32, 128, 128, 28, 28, 3, 3, padding=(1, 1, 1, 1), groups=32)
-DEPTHWISE = Case(32, 144, 144, 28, 28, 3, 3, padding=(1, 1, 1, 1), groups=144)
-FORMS = [*((case, True, 2) for case in (LAYER, LARGE, DOWN, DEEP, FIRST, GROUPS, DEPTHWISE)), (LAYER, False, 2), (FIRST, False, 1)]
-
-
-def assert_good(launch: Any, target: str, tensor_cores: bool) -> None:
-    from dlkernels.gpu import aot
-
-    compiled = aot.compile_launch(launch, target)
-    few = 16 if launch.args[0].dtype == torch.float32 else 0  # what the assembler may give up for one more program on a multiprocessor
-    assert compiled.spilled <= few, f"{compiled}: spills"
-    assert compiled.shared <= aot.TARGETS[target].device.shared
-    assert 0 < compiled.registers <= 512
-    if tensor_cores:
-        assert compiled.mma, f"{compiled}: no tensor-core instruction"
-
-
-def is_product(launch: Any) -> bool:
-    return launch.kernel.__name__ in ("conv2d_forward", "conv2d_backward_dx", "conv2d_backward_dweight")
-
-
-@compiles
-@pytest.mark.parametrize(
-    "target, dtype", [*((t, torch.bfloat16) for t in ("sm_80", "sm_90", "sm_100", "gfx942")), ("sm_90", torch.float32)], ids=str
-)
-def test_kernels_compile(target: str, dtype: torch.dtype) -> None:
-    names = set()
-    for launch in itertools.chain(launches(LAYER, target, dtype), launches(DEPTHWISE, target, dtype)):
-        assert_good(launch, target, tensor_cores=is_product(launch) and dtype == torch.bfloat16)
-        names.add(launch.kernel.__name__)
-    products = {"conv2d_forward", "conv2d_backward_dx", "conv2d_backward_dweight", "conv2d_backward_dz", "combine", "add_shares"}
-    assert names == products | {"conv2d_depthwise_forward", "conv2d_depthwise_dx", "conv2d_depthwise_dweight"}
-
-
-@compiles
-@pytest.mark.parametrize("case, last, act", FORMS)
-def test_layers_compile(case: Case, last: bool, act: int) -> None:
-    for launch in launches(case, "sm_90", last=last, act=act):
-        assert_good(launch, "sm_90", tensor_cores=is_product(launch))
-
-
-@compiles
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
-def test_other_dtypes_run_on_tensor_cores(dtype: torch.dtype) -> None:
-    """float32 where PyTorch's own setting allows tf32."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        for launch in launches(LAYER, "sm_90", dtype):
-            assert_good(launch, "sm_90", tensor_cores=is_product(launch))
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-@compiles
-@pytest.mark.parametrize(
-    "case",
-    [Case(1, 16, 16, 3, 3, 3, 3), Case(1, 1, 20, 5, 5, 5, 5), Case(4, 2, 2, 3, 3, 3, 3, groups=2), Case(1, 64, 1, 1, 9, 1, 3)],
-    ids=str,
-)
-def test_sizes_of_one_compile(case: Case) -> None:
-    """Triton makes constants of them."""
-    for launch in launches(case, "sm_90"):
-        assert_good(launch, "sm_90", tensor_cores=is_product(launch))
-
-
-@compiles
-def test_few_tiles_share_out_their_sums() -> None:
-    """One small image: as many programs as the machine has multiprocessors, or nearly."""
-    grids = {launch.kernel.__name__: launch.grid for launch in launches(DEEP, "sm_90")}
-    for name in ("conv2d_forward", "conv2d_backward_dx", "conv2d_backward_dweight"):
-        assert torch.Size(grids[name]).numel() >= 64, grids
-    assert grids["conv2d_forward"][2] > 1 and grids["conv2d_backward_dx"][2] > 1
-
-
-@compiles
-def test_tiles_are_copied_while_the_tensor_cores_work() -> None:
-    """Warp-group instructions, and asynchronous copies of 16 bytes alone, in all three products."""
-    from dlkernels.gpu import aot
-
-    for last in (True, False):
-        for launch in filter(is_product, launches(LARGE, "sm_90", last=last)):
-            compiled = aot.compile_launch(launch, "sm_90")
-            assert any(name.startswith("wgmma") for name in compiled.mma), compiled
-            copies = re.findall(r"cp\.async\.(c[ag])\.shared", compiled.text("ptx"))
-            assert copies and set(copies) == {"cg"}, compiled
-
-
-@compiles
-def test_offsets_are_64_bit() -> None:
-    """A tensor may have more than 2^31 elements: no address is formed from a 32-bit vector."""
-    from dlkernels.gpu import aot
-
-    for case in (LAYER, FIRST, DEPTHWISE):
-        for launch in launches(case, "sm_90"):
-            ttir = aot.compile_launch(launch, "sm_90").text("ttir")
-            vectors = re.findall(r"tt\.addptr .*: tensor<[\dx]+!tt\.ptr<\w+>>, tensor<[\dx]*x(i\d+)>", ttir)
-            assert vectors and set(vectors) == {"i64"}, launch.kernel.__name__

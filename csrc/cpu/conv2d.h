@@ -46,14 +46,14 @@ struct Reach {
 };
 
 // Pixels whose coordinates leave the same remainders, divided by the strides, are reached by the same taps: a bank for each remainder.
-template <class T, Memory MEMORY> void input_gradient(const Geometry& s, const T* dz, const T* weight, T* dx) {
+template <class T, Memory MEMORY> void input_gradient(const Geometry& s, const T* dz, const T* weight, const T* bias, T* dx) {
     int64_t taps = s.R * s.S;
     std::vector<Bank<T, MEMORY>> banks;
     for (int64_t a = 0; a < std::min(s.stride[0], s.H); a++)
         for (int64_t b = 0; b < std::min(s.stride[1], s.W); b++) {
             Reach h(s.R, s.stride[0], s.before[0], s.dilation[0], a), w(s.S, s.stride[1], s.before[1], s.dilation[1], b);
             int64_t I = ceil_div(s.H - a, s.stride[0]), L = ceil_div(s.W - b, s.stride[1]);
-            Result<T, MEMORY> result{dx, nullptr, nullptr, {NONE}, s.C, s.H, s.W, I, L, L, s.stride[0], s.stride[1], a, b};
+            Result<T, MEMORY> result{dx, nullptr, bias, {NONE}, s.C, s.H, s.W, I, L, L, s.stride[0], s.stride[1], a, b};
             banks.emplace_back(Axis{s.P, I, 1, h.at}, Axis{s.Q, L, 1, w.at}, h.taps, w.taps, s.S, result);
         }
     Filters<T> filters{weight, s.C1, s.O1 * s.C1 * taps, s.to_channel, s.C1 * taps, s.to_tap, taps};
@@ -107,9 +107,6 @@ template <class T, Memory MEMORY> struct WeightGradient {
         });
     }
 
-    static int64_t rows_of(int64_t bytes_in_row, int64_t more, int64_t P) {
-        return std::clamp<int64_t>(GRID_BYTES / std::max<int64_t>(bytes_in_row, 1) - more, 1, std::max<int64_t>(P, 1));
-    }
     // body(g, part, share, n, i0, height, first) for parts of the bands of all images, in order within a part.
     template <class Prepare> void each_band(int64_t parts, int64_t shares, int64_t rows, double work, const Prepare& prepare) const {
         int64_t bands = ceil_div(s.P, rows), items = s.N * bands;
@@ -131,7 +128,7 @@ template <class T, Memory MEMORY> struct WeightGradient {
         Axis ah = s.axis(0), aw = s.axis(1);
         Span h{ah.step, ah.at.front(), ah.at.back()}, w{aw.step, aw.at.front(), aw.at.back()};
         int64_t width = round_up(s.C1, Micro::NR), size = taps * s.O1 * width, panels = ceil_div(s.O1, Micro::MR);
-        int64_t rows = rows_of(h.step * w.pixels(s.Q) * width * int64_t(sizeof(S)), (h.high - h.low) / h.step, s.P);
+        int64_t rows = rows_that_fit(h.step * w.pixels(s.Q) * width * int64_t(sizeof(S)), (h.high - h.low) / h.step, s.P);
         int64_t parts = parts_of(s.N * ceil_div(s.P, rows), size), shares = std::min(ceil_div(threads(), parts * s.groups), panels);
         Pixels<T, MEMORY, S> pixels{x, h, w, rows, s.Q, width};
         std::vector<int64_t> offset, place;
@@ -160,7 +157,7 @@ template <class T, Memory MEMORY> struct WeightGradient {
         int64_t K = s.C1 * taps, kt = COLUMNS ? s.C1 : 1, kc = COLUMNS ? 1 : taps;
         bool by_k = K * round_up(s.O1, NR) <= s.O1 * round_up(K, NR);
         int64_t width = round_up(K, by_k ? VL<S> : NR), run = by_k ? round_up(s.O1, NR) : width, size = (by_k ? K : s.O1) * run;
-        int64_t rows = rows_of(s.Q * width * int64_t(sizeof(S)), 0, s.P), parts = parts_of(s.N * ceil_div(s.P, rows), size);
+        int64_t rows = rows_that_fit(s.Q * width * int64_t(sizeof(S)), 0, s.P), parts = parts_of(s.N * ceil_div(s.P, rows), size);
         std::conditional_t<COLUMNS, Pixels<T, MEMORY, S>, Planes<T, MEMORY, S>> grid{x, h, w, rows, s.Q};
         std::vector<int64_t> offset(K), place;
         for (int64_t k = 0; k < K; k++) {
@@ -194,11 +191,13 @@ template <class T, Memory MEMORY> struct WeightGradient {
                     store(at, total, lanes);
                 }
         }, parts == 1 || size <= SERIAL_NUMBERS);
+        bool taps_last = s.to_tap == 1;  // in the memory of dweight
+        int64_t outer = taps_last ? s.C1 : taps, inner = taps_last ? taps : s.C1, sa = taps_last ? sc : st, sb = taps_last ? st : sc;
         parallel(s.O1, [&](int64_t o, int64_t end) {
             for (; o < end; o++) {
                 T* to = dweight + (g * s.O1 + o) * s.C1 * taps;
-                for (int64_t c = 0; c < s.C1; c++)
-                    for (int64_t t = 0; t < taps; t++) put_one(to++, sums[o * so + t * st + c * sc]);
+                for (int64_t a = 0; a < outer; a++)
+                    for (int64_t b = 0; b < inner; b++) put_one(to++, sums[o * so + a * sa + b * sb]);
             }
         }, size <= SERIAL_NUMBERS);
     }

@@ -237,19 +237,23 @@ template <class T, Memory MEMORY> struct OwnFilters {
         };
         return {s.N, s.C, back(0, s.P, s.H, s.R), back(1, s.Q, s.W, s.S)};
     }
+    static vec<S> add(vec<S> v, const T* bias, int64_t c, int lanes) {
+        if (bias) v += MEMORY == Memory::ROWS ? set(S(load(bias + c, 1)[0])) : load(bias + c, lanes);
+        return v;
+    }
     void forward(const T* x, const T* weight, const T* bias, Activation act, T* y, T* z) const {
         std::vector<S> filters = own_filters<S, MEMORY>(s, weight, false);
         act.with<S>([&](auto value, auto) {
             to_results().convolve(x, filters.data(), [=](vec<S> v, int64_t at, int64_t c, int lanes) {
-                if (bias) v += MEMORY == Memory::ROWS ? set(S(load(bias + c, 1)[0])) : load(bias + c, lanes);
+                v = add(v, bias, c, lanes);
                 if (z) store(z + at, v, lanes);
                 store(y + at, value(v), lanes);
             });
         });
     }
-    void input_gradient(const T* dz, const T* weight, T* dx) const {
+    void input_gradient(const T* dz, const T* weight, const T* bias, T* dx) const {
         std::vector<S> filters = own_filters<S, MEMORY>(s, weight, true);
-        to_inputs().convolve(dz, filters.data(), [=](vec<S> v, int64_t at, int64_t, int lanes) { store(dx + at, v, lanes); });
+        to_inputs().convolve(dz, filters.data(), [=](vec<S> v, int64_t at, int64_t c, int lanes) { store(dx + at, add(v, bias, c, lanes), lanes); });
     }
     void weight_gradient(const T* dz, const T* x, T* dweight) const {
         int64_t taps = s.R * s.S;

@@ -12,6 +12,9 @@
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 
 // ---- small tools ---------------------------------------------------------------------------------------------------------------
 
@@ -46,6 +49,11 @@ template <class E, int Slot> E* scratch(int64_t count) {
 #endif
         buffer.size = size;
     }
+#ifdef __SANITIZE_ADDRESS__  // nobody touches more than what was asked for last
+    int64_t used = count * int64_t(sizeof(E));
+    __asan_unpoison_memory_region(buffer.memory, used);
+    __asan_poison_memory_region(static_cast<char*>(buffer.memory) + used, buffer.size - used);
+#endif
     return static_cast<E*>(buffer.memory);
 }
 inline int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }

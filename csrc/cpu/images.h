@@ -64,9 +64,6 @@ template <class E> INLINE inline void clear(E* to, int64_t n) {
     for (int64_t i = 0; i < n; i += L) store(to + i, vec<compute_t<E>>{});
 }
 // Every second number: two vectors and one shuffle.
-template <class V, int... L> INLINE inline V evens(V a, V b, std::integer_sequence<int, L...>) {
-    return __builtin_shufflevector(a, b, (2 * L)...);
-}
 template <class E, class T> INLINE inline void copy_every(int64_t step, E* to, const T* from, int64_t n) {
     using C = compute_t<T>;
     constexpr int L = VL<C>;

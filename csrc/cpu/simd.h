@@ -92,7 +92,7 @@ template <class V, class T> inline V load_raw(const T* p) {
     return v;
 }
 template <class V, class T> inline V load_raw(const T* p, int n) {
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && !defined(__SANITIZE_ADDRESS__)  // which does not see what a masked instruction touches
     if constexpr (sizeof(V) == 64 && sizeof(T) == 4) return bits_as<V>(_mm512_maskz_loadu_epi32((1u << n) - 1, p));
     if constexpr (sizeof(V) == 64 && sizeof(T) == 8) return bits_as<V>(_mm512_maskz_loadu_epi64((1u << n) - 1, p));
     if constexpr (sizeof(V) == 32 && sizeof(T) == 2) return bits_as<V>(_mm256_maskz_loadu_epi16((1u << n) - 1, p));
@@ -105,7 +105,7 @@ template <class V, class T> inline V load_raw(const T* p, int n) {
 }
 template <class V, class T> inline void store_raw(T* p, V v) { memcpy(p, &v, sizeof(v)); }
 template <class V, class T> inline void store_raw(T* p, V v, int n) {
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && !defined(__SANITIZE_ADDRESS__)
     if constexpr (sizeof(V) == 64 && sizeof(T) == 4) return _mm512_mask_storeu_epi32(p, (1u << n) - 1, bits_as<__m512i>(v));
     if constexpr (sizeof(V) == 64 && sizeof(T) == 8) return _mm512_mask_storeu_epi64(p, (1u << n) - 1, bits_as<__m512i>(v));
     if constexpr (sizeof(V) == 32 && sizeof(T) == 2) return _mm256_mask_storeu_epi16(p, (1u << n) - 1, bits_as<__m256i>(v));
@@ -228,6 +228,9 @@ template <int S = 1, class V, int n> inline void transpose(V (&row)[n]) {
             if (!(i & S)) swap_blocks<S>(row[i], row[i | S], std::make_integer_sequence<int, n>{});
         transpose<2 * S>(row);
     }
+}
+template <class V, int... L> INLINE inline V evens(V a, V b, std::integer_sequence<int, L...>) {  // lanes 0, 2, ... of a followed by b
+    return __builtin_shufflevector(a, b, (2 * L)...);
 }
 
 // ---- products of bf16 pairs: a 32-bit lane holds k (low half) and k + 1 (high half) of one row ---------------------------------------

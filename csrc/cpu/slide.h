@@ -13,9 +13,13 @@
 
 constexpr int64_t GRID_BYTES = 256 << 10;  // what a band may take of the L2 cache
 
-// Rows of places in a band: as many as fit, in bands of even height, enough bands for every thread.
+// As many of I rows of places as fit, beside `more` rows of pixels that they meet.
+inline int64_t rows_that_fit(int64_t bytes_in_row, int64_t more, int64_t I) {
+    return std::clamp<int64_t>(GRID_BYTES / std::max<int64_t>(bytes_in_row, 1) - more, 1, std::max<int64_t>(I, 1));
+}
+// Rows of places in a band: those that fit, in bands of even height, enough bands for every thread.
 inline int64_t rows_in_band(const Span& h, int64_t bytes_in_row, int64_t I, int64_t others) {
-    int64_t most = std::clamp<int64_t>(GRID_BYTES / std::max<int64_t>(bytes_in_row, 1) - (h.high - h.low) / h.step, 1, std::max<int64_t>(I, 1));
+    int64_t most = rows_that_fit(bytes_in_row, (h.high - h.low) / h.step, I);
     int64_t bands = std::max(ceil_div(I, most), std::min(I, ceil_div(2 * threads(), std::max<int64_t>(others, 1))));
     return ceil_div(I, std::max<int64_t>(bands, 1));
 }

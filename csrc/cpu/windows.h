@@ -77,10 +77,7 @@ struct Windows {
     bool in_strands(int lanes) const { return w.regular() && w.kernel <= std::min<int64_t>(w.out, lanes - 1) && w.stride < 2 * lanes; }
 };
 
-// Lanes 0, 2, 4, ... of a followed by b, or 1, 3, 5, ...; and a and b lane by lane in turns, first or second half.
-template <class V, int... L> inline V even(V a, V b, std::integer_sequence<int, L...>) {
-    return __builtin_shufflevector(a, b, (2 * L)...);
-}
+// Lanes 1, 3, 5, ... of a followed by b; and a and b lane by lane in turns, first or second half.
 template <class V, int... L> inline V odd(V a, V b, std::integer_sequence<int, L...>) {
     return __builtin_shufflevector(a, b, (2 * L + 1)...);
 }
@@ -120,7 +117,7 @@ template <class C> struct Strands {
             if (w) to[length + padding / 2] = load(x, 1)[0];
             for (C* p = to + (w + padding) / 2; w < in; w += 2 * L, p += L) {
                 V a = load(x + w, rest(w)), b = load(x + w + L, rest(w + L));
-                store(p, first(even(a, b, lanes), rest(w, 2))), store(p + length, first(odd(a, b, lanes), rest(w + 1, 2)));
+                store(p, first(evens(a, b, lanes), rest(w, 2))), store(p + length, first(odd(a, b, lanes), rest(w + 1, 2)));
             }
         } else {
             for (int64_t w = 0; w < in; w++) to[(w + padding) % stride * length + (w + padding) / stride] = load(x + w, 1)[0];

@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from ..contract import statistics_dtype
 from . import conv2d_depthwise, conv2d_product, linear
@@ -65,7 +66,7 @@ def forward(
     if is_matrix(k, form):
         flat = linear.forward(_matrix(x, form), _filter(weight), bias, activation, slope, save)
         return _images(flat[0], k, form), None if flat[1] is None else _images(flat[1], k, form)
-    y = _empty(x, (k.N, k.O, k.P, k.Q), form)
+    y = empty(x, (k.N, k.O, k.P, k.Q), form)
     z = torch.empty_like(y) if save else None
     if y.numel():
         kernels(k).run_forward(k, x.contiguous(memory_format=form), weight, bias, y, z, activation, slope)
@@ -90,9 +91,9 @@ def backward(
         flat = linear.backward(
             _matrix(dy, form), _matrix(x, form), _filter(weight), kept, activation, slope, need_dx, need_dweight, need_dbias
         )
-        return None if flat[0] is None else _images(flat[0], k, form), None if flat[1] is None else flat[1].view(weight.shape), flat[2]
-    dx = _empty(x, x.shape, form) if need_dx else None
-    dweight = x.new_empty(weight.shape) if need_dweight else None
+        return None if flat[0] is None else _images(flat[0], k, form), None if flat[1] is None else _as_filter(flat[1], weight), flat[2]
+    dx = empty(x, x.shape, form) if need_dx else None
+    dweight = empty(x, weight.shape, suggest_memory_format(weight)) if need_dweight else None
     dbias = x.new_empty(k.O) if need_dbias else None
     if k.M * k.O == 0:
         return tuple(None if t is None else t.zero_() for t in (dx, dweight, dbias))  # type: ignore[return-value]
@@ -141,6 +142,12 @@ def _filter(weight: Tensor) -> Tensor:
     return weight[:, :, 0, 0]
 
 
+def _as_filter(matrix: Tensor, weight: Tensor) -> Tensor:
+    """(O, C, 1, 1) of a matrix [O, C], in the memory format of ``weight``."""
+    last = suggest_memory_format(weight) == torch.channels_last
+    return matrix[:, None, None, :].permute(0, 3, 1, 2) if last else matrix.view(weight.shape)
+
+
 def _images(matrix: Tensor, k: Windows, form: torch.memory_format) -> Tensor:
     """(N, C, H, W) of a matrix [N H W, C], in the memory format that it has."""
     if form == torch.contiguous_format:
@@ -148,7 +155,7 @@ def _images(matrix: Tensor, k: Windows, form: torch.memory_format) -> Tensor:
     return matrix.view(k.N, k.H, k.W, matrix.shape[1]).permute(0, 3, 1, 2)
 
 
-def _empty(x: Tensor, shape: Sequence[int], form: torch.memory_format) -> Tensor:
+def empty(x: Tensor, shape: Sequence[int], form: torch.memory_format) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=form)
 
 

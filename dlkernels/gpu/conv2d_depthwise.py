@@ -3,7 +3,7 @@
     conv2d_depthwise_forward   y [BM (n,p,q), BO]    over the taps (r, s)
     conv2d_depthwise_dx        dx [BM (n,h,w), BC]   over a channel's outputs and the taps; a tap counts where the stride divides
     conv2d_depthwise_dweight   a share of the positions, for BO outputs: over positions, tap by tap        workspace [shares, O R S]
-    add_shares                 adds up shares in a fixed order
+    column_sums                adds up shares in a fixed order                                             norm.py
 
 * Memory decides. Contiguous images take one channel per program and lanes along the positions; channels_last ones up to 64 channels.
 * A number is read under each of its taps, all but once from the cache: neighbours read it at the same time. A share of dweight is small
@@ -21,6 +21,7 @@ from .activations import EPILOGUES, LEAKY_RELU
 from .config import ceil_div
 from .conv2d_windows import Windows, advance, exists, layout, place, positions
 from .launch import launch
+from .norm import column_sums
 
 TILE, CHANNELS, TILES = 1024, 64, 4  # numbers of a tile, channels of a channels_last one, tiles of a share
 
@@ -53,10 +54,11 @@ def conv2d_depthwise_forward(
 
 @triton.jit
 def conv2d_depthwise_dx(
-    dz, weight, dx, M, C, H, W, P, Q, OUTPUTS, dz_o, dz_q, dz_gap, dx_c, dx_w, dx_gap, sh: tl.constexpr, sw: tl.constexpr, top,
+    dz, weight, bias, dx, M, C, H, W, P, Q, OUTPUTS, dz_o, dz_q, dz_gap, dx_c, dx_w, dx_gap, sh: tl.constexpr, sw: tl.constexpr, top,
     left, dh, dw, R: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """dx[m,c] = Σ dz[n, p, q, o] W[o,r,s] over the outputs o of c and the taps, where p sh = h + top - r dh and q sw = w + left - s dw."""
+    """dx[m,c] = Σ dz[n, p, q, o] W[o,r,s] + b[c] over the outputs o of c and the taps, where p sh = h + top - r dh and
+    q sw = w + left - s dw. bias may be None."""
     ACC: tl.constexpr = tl.float64 if dz.dtype.element_ty == tl.float64 else tl.float32
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     c = tl.program_id(1).to(tl.int64) * BC + tl.arange(0, BC)
@@ -73,6 +75,8 @@ def conv2d_depthwise_dx(
                 at = place(n, (n * P + p) * Q + q, dz_q, dz_gap)[:, None] + (o * dz_o)[None, :]
                 v = tl.load(dz + at, inside & saw[:, None], other=0.0)
                 acc += v.to(ACC) * tl.load(weight + (o * (R * S) + r * S + s), c < C, other=0.0).to(ACC)[None, :]
+    if bias is not None:
+        acc += tl.load(bias + c, c < C, other=0.0).to(ACC)[None, :]
     at = place(n, m, dx_w, dx_gap)[:, None] + (c * dx_c)[None, :]
     tl.store(dx + at, acc.to(dx.dtype.element_ty), inside)
 
@@ -106,22 +110,10 @@ def conv2d_depthwise_dweight(
         tl.store(partial + (row + tap), tl.sum(sums, axis=0), o < O)
 
 
-@triton.jit
-def add_shares(partial, total, SHARES, SIZE, BS: tl.constexpr, BLOCK: tl.constexpr):
-    """total[e] = Σ_s partial[s,e], always in the same order: BS sums of every BS-th share, then these."""
-    e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    s = tl.arange(0, BS)
-    sums = tl.zeros((BS, BLOCK), partial.dtype.element_ty)
-    for start in range(0, SHARES, BS):
-        there = (s < SHARES - start)[:, None] & (e < SIZE)[None, :]
-        sums += tl.load(partial + ((start + s).to(tl.int64) * SIZE)[:, None] + e[None, :], there, other=0.0)
-    tl.store(total + e, tl.sum(sums, axis=0).to(total.dtype.element_ty), e < SIZE)
-
-
 def run_shares(partial: Tensor, total: Tensor) -> None:
     """total = the sum of partial [shares, ...]"""
-    BS, BLOCK, size = 64, 32, total.numel()
-    launch(add_shares, (ceil_div(size, BLOCK),), partial, total, len(partial), size, BS=BS, BLOCK=BLOCK)
+    BN, size = 32, total.numel()
+    launch(column_sums, (ceil_div(size, BN),), partial, None, total, None, len(partial), size, BP=64, BN=BN)
 
 
 def is_depthwise(k: Windows) -> bool:
@@ -145,18 +137,18 @@ def run_forward(k: Windows, x: Tensor, weight: Tensor, bias: Tensor | None, y: T
     )  # fmt: skip
 
 
-def run_dx(k: Windows, dz: Tensor, weight: Tensor, dx: Tensor) -> None:
-    """Fill dx."""
+def run_dx(k: Windows, dz: Tensor, weight: Tensor, bias: Tensor | None, dx: Tensor) -> None:
+    """Fill dx, ``bias`` added to it."""
     BM, BC = _tile(dx, k.C, k.pixels)
     sh, sw, *rest = k.moves
     launch(
-        conv2d_depthwise_dx, (ceil_div(k.pixels, BM), ceil_div(k.C, BC)), dz, weight.contiguous(), dx, k.pixels, k.C, k.H, k.W, k.P, k.Q,
-        k.outputs, *layout(dz), *layout(dx), sh, sw, *rest, R=k.R, S=k.S, BM=BM, BC=BC,
+        conv2d_depthwise_dx, (ceil_div(k.pixels, BM), ceil_div(k.C, BC)), dz, weight.contiguous(), bias, dx, k.pixels, k.C, k.H, k.W, k.P,
+        k.Q, k.outputs, *layout(dz), *layout(dx), sh, sw, *rest, R=k.R, S=k.S, BM=BM, BC=BC,
     )  # fmt: skip
 
 
 def run_dweight(k: Windows, dz: Tensor, x: Tensor, dweight: Tensor) -> None:
-    """Fill dweight, which is contiguous."""
+    """Fill dweight: one channel lies contiguously in either memory format."""
     BM, BO = _tile(dz, k.O, k.M)
     share = BM * TILES
     partial = dweight.new_empty((ceil_div(k.M, share), *dweight.shape), dtype=statistics_dtype(dweight))
@@ -167,9 +159,11 @@ def run_dweight(k: Windows, dz: Tensor, x: Tensor, dweight: Tensor) -> None:
     run_shares(partial, dweight)
 
 
-def run_backward(k: Windows, dz: Tensor, x: Tensor, weight: Tensor, dx: Tensor | None, dweight: Tensor | None) -> None:
-    """Fill dx and dweight, whichever is not None; dz and x dense, any weight."""
+def run_backward(
+    k: Windows, dz: Tensor, x: Tensor | None, weight: Tensor, dx: Tensor | None, dweight: Tensor | None, bias: Tensor | None = None
+) -> None:
+    """Fill dx, ``bias`` added to it, and dweight, whichever is not None; dz and x, which dweight needs, are dense, weight is any."""
     if dx is not None:
-        run_dx(k, dz, weight, dx)
-    if dweight is not None:
+        run_dx(k, dz, weight, bias, dx)
+    if dweight is not None and x is not None:
         run_dweight(k, dz, x, dweight)

@@ -114,12 +114,13 @@ def conv2d_forward(
 
 @triton.jit
 def conv2d_backward_dx(
-    dz, weight, dx, M, C, O, H, W, P, Q, I, J, dz_o, dz_q, dz_gap, w_o, w_c, w_r, w_s, dx_c, dx_w, dx_gap, first_h, first_w, sh, sw,
+    dz, weight, bias, dx, M, C, O, H, W, P, Q, I, J, dz_o, dz_q, dz_gap, w_o, w_c, w_r, w_s, dx_c, dx_w, dx_gap, first_h, first_w, sh, sw,
     first_p, first_q, dp, dq, SHARE, PRECISION: tl.constexpr, R: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
     BO: tl.constexpr, GROUP: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
     """dx[share, n, first_h + i sh, first_w + j sw, c] = Σ_{r,s,o} dz[n, first_p + i - r dp, first_q + j - s dq, o] W[o,c,r,s] for the
-    share-th SHARE of the steps and the C and O of one group: the I x J pixels of one phase, and the R S taps that see them."""
+    share-th SHARE of the steps and the C and O of one group, + b[c]: the I x J pixels of one phase, and the R S taps that see them. bias
+    may be None."""
     pid_m, pid_c = tile_ids(M, C, BM, BC, GROUP)
     group, share = tl.program_id(1).to(tl.int64), tl.program_id(2)
     n, i, j = positions(wrapped(pid_m * BM, M, BM).to(tl.int32), I, J)
@@ -129,19 +130,23 @@ def conv2d_backward_dx(
         tl.minimum((share + 1) * SHARE, steps(O, R, S, BO, FLAT)), O, P, Q, dz_o, dz_q, dz_gap, w_c, w_o, w_r, w_s, -dp, -dq, PRECISION, R,
         S, BO, FLAT,
     )  # fmt: skip
+    c += group * C
+    if bias is not None:
+        acc += tl.load(bias + c).to(acc.dtype)[None, :]
     pixel = (n * H + first_h + i * sh) * W + first_w + j * sw
-    at = share.to(tl.int64) * M * C * tl.num_programs(1) + ((group * C + c) * dx_c)[:, None] + place(n, pixel, dx_w, dx_gap)[None, :]
+    at = share.to(tl.int64) * M * C * tl.num_programs(1) + (c * dx_c)[:, None] + place(n, pixel, dx_w, dx_gap)[None, :]
     inside = (pid_c * BC + tl.arange(0, BC) < C)[:, None] & (pid_m * BM + tl.arange(0, BM) < M)[None, :]
     tl.store(dx + at, tl.trans(acc).to(dx.dtype.element_ty), inside)
 
 
 @triton.jit
 def conv2d_backward_dweight(
-    dz, x, dweight, M, C, O, H, W, P, Q, dz_o, dz_q, dz_gap, x_c, x_w, x_gap, sh, sw, top, left, dh, dw, SHARE, PRECISION: tl.constexpr,
-    R: tl.constexpr, S: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr, BM: tl.constexpr, GROUP: tl.constexpr, FLAT: tl.constexpr,
+    dz, x, dweight, M, C, O, H, W, P, Q, dz_o, dz_q, dz_gap, x_c, x_w, x_gap, dw_c, dw_tap, sh, sw, top, left, dh, dw, SHARE,
+    PRECISION: tl.constexpr, R: tl.constexpr, S: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr, BM: tl.constexpr,
+    GROUP: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
     """dW[share,o,c,r,s] = Σ_m dz[m,o] x[n, p sh - top + r dh, q sw - left + s dw, c] over the share-th SHARE of m = (n, p, q), for the C
-    and O of one group; dW contiguous."""
+    and O of one group."""
     pid_o, step = tile_ids(O, steps(C, R, S, BC, FLAT) * BC, BO, BC, GROUP)
     share, group = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     o = wrapped(pid_o * BO, O, BO)
@@ -163,7 +168,8 @@ def conv2d_backward_dweight(
         n, p, q = advance(n, p, q, BM, P, Q)
     o_row = pid_o * BO + tl.arange(0, BO)
     row = ((share * tl.num_programs(2) + group) * O + o_row) * (C * R * S)
-    tl.store(dweight + (row[None, :] + ((c * R + r) * S + s)), tl.trans(acc).to(dweight.dtype.element_ty), there & (o_row < O)[None, :])
+    at = row[None, :] + (c * dw_c + (r * S + s) * dw_tap)
+    tl.store(dweight + at, tl.trans(acc).to(dweight.dtype.element_ty), there & (o_row < O)[None, :])
 
 
 def run_forward(k: Windows, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, z: Tensor | None, act: int, slope: float) -> None:
@@ -194,14 +200,14 @@ def phases(pixels: int, taps: int, stride: int, before: int, dilation: int) -> I
         yield pixel, first, step, (pixel + before - (first or 0) * dilation) // stride, step * dilation // stride
 
 
-def run_dx(k: Windows, dz: Tensor, weight: Tensor, dx: Tensor) -> None:
-    """Fill dx, phase by phase."""
+def run_dx(k: Windows, dz: Tensor, weight: Tensor, bias: Tensor | None, dx: Tensor) -> None:
+    """Fill dx, ``bias`` added to it, phase by phase."""
     weight, mode = filters(weight), precision(dz.dtype)
     splits = layout(dx)[0] == 1 and (k.sh, k.sw) == (1, 1)
     for h, r, step_r, first_p, dp in phases(k.H, k.R, k.sh, k.top, k.dh):
         for w, s, step_s, first_q, dq in phases(k.W, k.S, k.sw, k.left, k.dw):
             if r is None or s is None:
-                dx[:, :, h :: k.sh, w :: k.sw].zero_()
+                dx[:, :, h :: k.sh, w :: k.sw] = 0.0 if bias is None else bias[:, None, None]
                 continue
             I, J, taps = ceil_div(k.H - h, k.sh), ceil_div(k.W - w, k.sw), weight[:, :, r::step_r, s::step_s]
             M, R, S = k.N * I * J, taps.shape[2], taps.shape[3]
@@ -209,16 +215,17 @@ def run_dx(k: Windows, dz: Tensor, weight: Tensor, dx: Tensor) -> None:
             c, flat = stepped(c, k.outputs)
             out, share, shares = shared(c, count_of(c, R * S, k.outputs, flat), 1, dx)
             launch(
-                conv2d_backward_dx, (ceil_div(M, c.rows) * ceil_div(k.inputs, c.cols), k.G, shares), dz, taps, out, M, k.inputs, k.outputs,
+                conv2d_backward_dx, (ceil_div(M, c.rows) * ceil_div(k.inputs, c.cols), k.G, shares), dz, taps,
+                bias if shares == 1 else None, out, M, k.inputs, k.outputs,
                 k.H, k.W, k.P, k.Q, I, J, *layout(dz), *taps.stride(), *layout(dx), h, w, k.sh, k.sw, first_p, first_q, dp, dq, share,
                 PRECISION=mode, R=R, S=S, BM=c.rows, BC=c.cols, BO=c.depth, GROUP=c.group, FLAT=flat, warps=c.warps, stages=c.stages,
             )  # fmt: skip
             if shares > 1:
-                add_up(out, None, dx, None, k.C)
+                add_up(out, bias, dx, None, k.C)
 
 
 def run_dweight(k: Windows, dz: Tensor, x: Tensor, dweight: Tensor) -> None:
-    """Fill dweight, which is contiguous."""
+    """Fill dweight, of any memory format."""
     x, mode, flat = side_by_side(x, k.inputs), precision(x.dtype), k.inputs < FEW
     columns = k.R * k.S * k.inputs
     c = tile_of(kind_of(x.dtype, mode), k.outputs, columns, k.M, columns if flat else k.inputs, 128 * 256, True, device_of(x))
@@ -227,19 +234,21 @@ def run_dweight(k: Windows, dz: Tensor, x: Tensor, dweight: Tensor) -> None:
     out, share, shares = shared(c, k.M, c.depth, dweight)
     launch(
         conv2d_backward_dweight, (ceil_div(k.outputs, c.rows) * tiles, shares, k.G), dz, x, out, k.M, k.inputs, k.outputs, k.H, k.W, k.P,
-        k.Q, *layout(dz), *layout(x), *k.moves, share, PRECISION=mode, R=k.R, S=k.S, BO=c.rows, BC=c.cols, BM=c.depth, GROUP=c.group,
-        FLAT=flat, warps=c.warps, stages=c.stages,
+        k.Q, *layout(dz), *layout(x), *layout(dweight)[:2], *k.moves, share, PRECISION=mode, R=k.R, S=k.S, BO=c.rows, BC=c.cols,
+        BM=c.depth, GROUP=c.group, FLAT=flat, warps=c.warps, stages=c.stages,
     )  # fmt: skip
     if shares > 1:
         add_up(out, None, dweight, None, k.O)
 
 
-def run_backward(k: Windows, dz: Tensor, x: Tensor, weight: Tensor, dx: Tensor | None, dweight: Tensor | None) -> None:
-    """Fill dx and dweight, whichever is not None; dz and x dense, any weight."""
+def run_backward(
+    k: Windows, dz: Tensor, x: Tensor | None, weight: Tensor, dx: Tensor | None, dweight: Tensor | None, bias: Tensor | None = None
+) -> None:
+    """Fill dx, ``bias`` added to it, and dweight, whichever is not None; dz and x, which dweight needs, are dense, weight is any."""
     dz = side_by_side(dz, k.outputs)
     if dx is not None:
-        run_dx(k, dz, weight, dx)
-    if dweight is not None:
+        run_dx(k, dz, weight, bias, dx)
+    if dweight is not None and x is not None:
         run_dweight(k, dz, x, dweight)
 
 

@@ -140,7 +140,7 @@ def one_sum(partial, n, P, N, BP: tl.constexpr, BN: tl.constexpr):
     total = tl.zeros((BP, BN), partial.dtype.element_ty)
     for start in range(0, P, BP):
         p = start + tl.arange(0, BP)
-        total += tl.load(partial + p[:, None] * N + n[None, :], (p < P)[:, None] & (n < N)[None, :], other=0.0)
+        total += tl.load(partial + p[:, None].to(tl.int64) * N + n[None, :], (p < P)[:, None] & (n < N)[None, :], other=0.0)
     return tl.sum(total, 0)
 
 

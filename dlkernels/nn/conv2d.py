@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from .. import functional as F
 
-__all__ = ["Conv1d", "Conv2d", "ConvReLU2d"]
+__all__ = ["Conv1d", "Conv2d", "ConvReLU2d", "ConvTranspose1d", "ConvTranspose2d"]
 
 
 def _convolve(layer: torch.nn.modules.conv._ConvNd, function: Callable[..., Tensor], input: Tensor) -> Tensor:
@@ -41,3 +42,24 @@ class ConvReLU2d(Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         return _convolve(self, F.conv2d_relu, input)
+
+
+def _convolve_back(layer: torch.nn.modules.conv._ConvTransposeNd, function: Callable[..., Tensor], input: Tensor, size: Any) -> Tensor:
+    """``size`` says which of the sizes of the result that stride leaves open is meant."""
+    options = layer.stride, layer.padding, layer.kernel_size
+    more = layer._output_padding(input, size, *options, len(layer.kernel_size), layer.dilation)  # type: ignore[arg-type]
+    return function(input, layer.weight, layer.bias, layer.stride, layer.padding, more, layer.groups, layer.dilation)
+
+
+class ConvTranspose1d(torch.nn.ConvTranspose1d):
+    """``torch.nn.ConvTranspose1d`` on our kernel. Input ``(N, C, L)`` or ``(C, L)``."""
+
+    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        return _convolve_back(self, F.conv_transpose1d, input, output_size)
+
+
+class ConvTranspose2d(torch.nn.ConvTranspose2d):
+    """``torch.nn.ConvTranspose2d`` on our kernel. Input ``(N, C, H, W)`` or ``(C, H, W)``, contiguous or channels last."""
+
+    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        return _convolve_back(self, F.conv_transpose2d, input, output_size)

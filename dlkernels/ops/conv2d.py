@@ -185,18 +185,12 @@ def conv1d(
     groups: int = 1,
 ) -> Tensor:  # fmt: skip
     """``torch.nn.functional.conv1d``: input ``(N, C, L)`` or ``(C, L)``, weight ``(O, C / groups, S)``, as images of one row."""
-
-    def in_row(value: Any, other: int) -> Any:
-        number = value[0] if isinstance(value, (tuple, list)) and len(value) == 1 else value
-        return (other, number) if isinstance(number, int) else value
-
-    tensors = isinstance(input, Tensor) and isinstance(weight, Tensor)
-    if not tensors or input.dim() not in (2, 3) or weight.dim() != 3:
+    if not isinstance(input, Tensor) or not isinstance(weight, Tensor) or input.dim() not in (2, 3) or weight.dim() != 3:
         require_tensors(("input", input), ("weight", weight), optional=(("bias", bias),))
         reason = f"input {tuple(input.shape)}, weight {tuple(weight.shape)} do not fit (N, C, L) or (C, L), and (O, C / groups, S)"
         return without_kernel(reason, F.conv1d, input, weight, bias, stride, padding, dilation, groups, name="conv1d")
-    options = (in_row(stride, 1), in_row(padding, 0), in_row(dilation, 1))
-    return conv2d(input.unsqueeze(-2), weight.unsqueeze(-2), bias, *options, groups).squeeze(-2)
+    stride, padding, dilation = raw.in_row((stride, 1), (padding, 0), (dilation, 1))
+    return conv2d(input.unsqueeze(-2), weight.unsqueeze(-2), bias, stride, padding, dilation, groups).squeeze(-2)
 
 
 def _make(

@@ -1,4 +1,4 @@
-"""The registered ops behind conv2d.py: schemas, what they return while a graph is traced, and what the options of a call mean."""
+"""The registered ops behind conv2d.py and conv_transpose2d.py: schemas, traced results, what a call's options mean."""
 
 from __future__ import annotations
 
@@ -26,6 +26,12 @@ class Geometry(NamedTuple):
     dilation: tuple[int, int]
     groups: int
 
+    def images(self, x: torch.Size, weight: torch.Size, more: tuple[int, int]) -> tuple[int, int]:
+        """(H, W) of the images on which so many places fit, and ``more`` pixels: the result of a transposed convolution."""
+        (sh, sw), (top, bottom, left, right), (dh, dw) = self.stride, self.padding, self.dilation
+        height, width = (x[-2] - 1) * sh + dh * (weight[2] - 1) + 1, (x[-1] - 1) * sw + dw * (weight[3] - 1) + 1
+        return height - top - bottom + more[0], width - left - right + more[1]
+
     def size(self, x: torch.Size, weight: torch.Size) -> tuple[int, int]:
         """(P, Q), not positive where the filter does not fit."""
         (sh, sw), (top, bottom, left, right), (dh, dw) = self.stride, self.padding, self.dilation
@@ -33,7 +39,7 @@ class Geometry(NamedTuple):
         return (height - dh * (weight[2] - 1) - 1) // sh + 1, (width - dw * (weight[3] - 1) - 1) // sw + 1
 
 
-def _pair(name: str, value: Any, least: int) -> tuple[int, int]:
+def pair(name: str, value: Any, least: int) -> tuple[int, int]:
     """``value`` for height and width. Raises ValueError."""
     numbers = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
     numbers = numbers * 2 if len(numbers) == 1 else numbers
@@ -44,9 +50,15 @@ def _pair(name: str, value: Any, least: int) -> tuple[int, int]:
     return numbers
 
 
+def in_row(*options: tuple[Any, int]) -> list[Any]:
+    """Options of a convolution in one dimension for images of one row, whose height gets the number that stands behind each."""
+    numbers = [value[0] if isinstance(value, (tuple, list)) and len(value) == 1 else value for value, _ in options]
+    return [(other, n) if isinstance(n, int) else value for n, (value, other) in zip(numbers, options)]
+
+
 def geometry_of(weight: torch.Size, stride: Any, padding: Any, dilation: Any, groups: Any) -> Geometry:
     """What the arguments mean for a filter of this shape. Raises ValueError."""
-    stride, dilation = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
+    stride, dilation = pair("stride", stride, 1), pair("dilation", dilation, 1)
     if padding == "same":
         if stride != (1, 1):
             raise ValueError(f"padding is 'same', needs stride 1, got {stride}")
@@ -57,14 +69,14 @@ def geometry_of(weight: torch.Size, stride: Any, padding: Any, dilation: Any, gr
             raise ValueError(f"padding is {padding!r}, needs 'same', 'valid', or numbers")
         sides = 0, 0, 0, 0
     else:
-        above, before = _pair("padding", padding, 0)
+        above, before = pair("padding", padding, 0)
         sides = above, above, before, before
     if not isinstance(groups, int) or not 1 <= groups <= LARGEST:
         raise ValueError(f"groups is {groups!r}, needs a positive int")
     return Geometry(stride, sides, dilation, groups)
 
 
-def _empty(x: Tensor, shape: Sequence[int]) -> Tensor:
+def empty(x: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=suggest_memory_format(x))
 
 
@@ -86,7 +98,7 @@ def _forward_fake(
     save: bool,
 ) -> Optionals:  # fmt: skip
     shape = _checked_size(x, weight, Geometry(stride, padding, dilation, groups), bias=(bias, (weight.shape[0],)))
-    return _empty(x, shape), _empty(x, shape) if save else None
+    return empty(x, shape), empty(x, shape) if save else None
 
 
 def _backward_fake(
@@ -95,16 +107,50 @@ def _backward_fake(
 ) -> Optionals:  # fmt: skip
     _checked_size(x, weight, Geometry(stride, padding, dilation, groups), dy=(dy, ()), saved=(saved, ()))
     return (
-        _empty(x, x.shape) if need_dx else None,
-        x.new_empty(weight.shape) if need_dweight else None,
+        empty(x, x.shape) if need_dx else None,
+        empty(weight, weight.shape) if need_dweight else None,
         x.new_empty(weight.shape[0]) if need_dbias else None,
     )
 
 
-_options = "int[] stride, int[] padding, int[] dilation, int groups, int activation, float slope"
+def _transposed_shape(x: Tensor, weight: Tensor, groups: int, size: Sequence[int], **others: tuple[Tensor | None, int]) -> tuple[int, ...]:
+    """The shape of a transposed convolution's result, while a graph is traced, with what the kernels check; ``others`` by rank."""
+    torch._check(x.dim() == 4 and weight.dim() == 4, lambda: f"x and weight must have 4 dimensions, got {x.dim()} and {weight.dim()}")
+    shape = (x.shape[0], weight.shape[1] * groups, *size)
+    ranks = {1: shape[1:2], 4: shape}
+    check_traced(x, weight=(weight, (x.shape[1], *weight.shape[1:])), **{name: (t, ranks[rank]) for name, (t, rank) in others.items()})
+    return shape
+
+
+def _transposed_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int, size: Sequence[int]
+) -> Tensor:
+    return empty(x, _transposed_shape(x, weight, groups, size, bias=(bias, 1)))
+
+
+def _transposed_backward_fake(
+    dy: Tensor, x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, need_dx: bool, need_dweight: bool,
+    need_dbias: bool,
+) -> Optionals:  # fmt: skip
+    C = _transposed_shape(x, weight, groups, dy.shape[2:], dy=(dy, 4))[1]
+    return (
+        empty(x, x.shape) if need_dx else None,
+        empty(weight, weight.shape) if need_dweight else None,
+        x.new_empty(C) if need_dbias else None,
+    )
+
+
+_moves = "int[] stride, int[] padding, int[] dilation, int groups"
+_options = f"{_moves}, int activation, float slope"
 forward = define(f"conv2d_forward(Tensor x, Tensor weight, Tensor? bias, {_options}, bool save) -> (Tensor y, Tensor z)", _forward_fake)
 backward = define(
     f"conv2d_backward(Tensor dy, Tensor x, Tensor weight, Tensor? saved, {_options}, "
     "bool need_dx, bool need_dweight, bool need_dbias) -> (Tensor dx, Tensor dweight, Tensor dbias)",
     _backward_fake,
+)
+transposed = define(f"conv_transpose2d_forward(Tensor x, Tensor weight, Tensor? bias, {_moves}, int[] size) -> Tensor", _transposed_fake)
+transposed_backward = define(
+    f"conv_transpose2d_backward(Tensor dy, Tensor x, Tensor weight, {_moves}, "
+    "bool need_dx, bool need_dweight, bool need_dbias) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    _transposed_backward_fake,
 )

@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from dlkernels.report import units
-from dlkernels.report.data import EAGER, OURS, Panel, Results
+from dlkernels.report.data import EAGER, NAMES, OURS, Panel, Results
 from dlkernels.report.records import ModelRun, Timing
 from dlkernels.report.svg import Axis, Plot, Point
-
-NAMES = {"compile": "torch.compile", "native": "native PyTorch", "fused": "PyTorch fused", "foreach": "PyTorch foreach"}
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,7 @@ class Style:
 
 def styles(providers: Iterable[str]) -> dict[str, Style]:
     """A style for each provider; colours are of the Okabe-Ito palette, which colour-blind readers can tell apart."""
-    known = {OURS: Style("ours", "circle", "dlkernels"), EAGER: Style("eager", "square", "PyTorch eager")}
+    known = {OURS: Style("ours", "circle", OURS), EAGER: Style("eager", "square", NAMES[EAGER])}
     spare = iter([("compile", "triangle"), ("peer1", "diamond"), ("peer2", "wedge"), ("peer3", "bar")])
     chosen = {}
     for provider in providers:

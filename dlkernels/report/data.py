@@ -12,6 +12,9 @@ from dlkernels.report.records import Check, Gap, ModelRun, Timing, number, posit
 
 SCHEMA = "1"
 OURS, EAGER, COMPILE = "dlkernels", "eager", "compile"
+NAMES = {  # that people know a provider by
+    EAGER: "eager PyTorch", COMPILE: "torch.compile", "native": "native PyTorch", "fused": "PyTorch fused", "foreach": "PyTorch foreach"
+}  # fmt: skip
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 DIRECTIONS = ("forward", "forward+backward")
 

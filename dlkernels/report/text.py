@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from textwrap import fill
 
 from dlkernels.report import units
-from dlkernels.report.data import COMPILE, EAGER, OURS, Panel, Results, geomean
+from dlkernels.report.data import COMPILE, EAGER, NAMES, OURS, Panel, Results, geomean
 from dlkernels.report.records import ModelRun
 
 
@@ -87,13 +87,8 @@ def losses(data: Results) -> Sentence | None:
         "bad",
         f"Native wins {len(data.losses)} of {count(raced, 'timed case')}, {sum(loss.clear for loss in data.losses)} of them by more than "
         f"the spread of the samples; the widest is {panel.op} {panel.direction}, {panel.dtype}, "
-        f"{worst.label}: ours runs at {units.times(worst.ratio)} the speed of {provider(worst.winner)}.",
+        f"{worst.label}: ours runs at {units.times(worst.ratio)} the speed of {NAMES.get(worst.winner, worst.winner)}.",
     )
-
-
-def provider(name: str) -> str:
-    torchs = {"native": "native PyTorch", "fused": "torch's fused optimizer", "foreach": "torch's foreach optimizer"}
-    return {EAGER: "eager PyTorch", COMPILE: "torch.compile", **torchs}.get(name, name)
 
 
 def opponent(runs: Mapping[str, ModelRun]) -> ModelRun | None:
@@ -111,10 +106,10 @@ def trained(data: Results) -> Sentence | None:
         if other is None:
             return Sentence("plain", f"{said}.")
         if other.accuracy is not None:
-            said += f" ({provider(other.provider)}: {units.percent(other.accuracy, 1)})"
+            said += f" ({NAMES.get(other.provider, other.provider)}: {units.percent(other.accuracy, 1)})"
         if ours.step and other.step:
             faster = other.step / ours.step
-            said += f", and its training step is {units.times(faster)} the speed of {provider(other.provider)}'s."
+            said += f", and its training step is {units.times(faster)} the speed of {NAMES.get(other.provider, other.provider)}'s."
             return Sentence("good" if faster >= 1 else "bad", said)
         return Sentence("plain", f"{said}.")
     return None
