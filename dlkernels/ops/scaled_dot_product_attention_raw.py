@@ -107,8 +107,8 @@ forward = define(
     _forward_fake,
 )
 backward = define(
-    f"scaled_dot_product_attention_backward(Tensor dy, Tensor query, Tensor key, Tensor value, Tensor y, Tensor lse, {_tensors}, {_numbers}, "
-    "bool need_dquery, bool need_dkey, bool need_dvalue, bool need_dmask)"
+    f"scaled_dot_product_attention_backward(Tensor dy, Tensor query, Tensor key, Tensor value, Tensor y, Tensor lse, {_tensors}, "
+    f"{_numbers}, bool need_dquery, bool need_dkey, bool need_dvalue, bool need_dmask)"
     " -> (Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dmask)",
     _backward_fake,
 )
