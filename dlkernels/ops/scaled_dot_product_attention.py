@@ -1,4 +1,4 @@
-r"""scaled_dot_product_attention: for every query a mean of the values, weighted by how well their keys fit, never the whole matrix of weights.
+r"""scaled_dot_product_attention: for every query a mean of the values, weighted by how well their keys fit, and no matrix of weights.
 
 Forward     z[l,s]  = scale Σ_d q[l,d] k[s,d] + mask[l,s]           -∞ where s is not visible to l
             lse[l]  = log Σ_s exp z[l,s]        p[l,s] = exp(z[l,s] - lse[l])
@@ -47,7 +47,7 @@ from ..registry import Cost, Op, register
 from .dropout import draw_seed
 from .scaled_dot_product_attention_raw import UNLIMITED, Extras, Score, backward, forward
 from .scaled_dot_product_attention_reference import definition
-from .scaled_dot_product_attention_shapes import Misfit, heads_of, in_four, mask_in_four, misfit_of_mask
+from .scaled_dot_product_attention_shapes import Misfit, heads_in_four, heads_of, mask_in_four, misfit_of_mask
 
 __all__ = ["scaled_dot_product_attention"]
 
@@ -177,14 +177,13 @@ def _seeded(
     enable_gqa: bool,
 ) -> Tensor:  # fmt: skip
     """Attention with dropout under a given seed, for arguments that a kernel takes."""
-    lead, H, G = heads_of(query, key, value, enable_gqa)
+    lead, H, _ = heads_of(query, key, value, enable_gqa)
     lower_right = isinstance(mask, CausalBias) and mask.variant == CausalVariant.LOWER_RIGHT
     if isinstance(mask, CausalBias):
         is_causal, mask = True, None
     if mask is not None:
         mask = mask_in_four(mask if mask.dtype == torch.bool or query.dtype != torch.float64 else mask.double(), lead)
-    heads = in_four(query, lead, H), in_four(key, lead, G), in_four(value, lead, G)
-    y = attend(*heads, Extras(mask, seed=seed), p, score_of(query, is_causal, scale, lower_right))
+    y = attend(*heads_in_four(query, key, value, enable_gqa), Extras(mask, seed=seed), p, score_of(query, is_causal, scale, lower_right))
     return y if query.dim() == 4 else y.reshape(*lead, *[H][: query.dim() - 2], *y.shape[-2:])
 
 
@@ -209,10 +208,9 @@ def _cost(D: int, causal: bool = False, **size: Any) -> Cost:
 
 
 def _definition(query: Tensor, key: Tensor, value: Tensor, mask: Any, p: float, is_causal: bool, scale: Any, enable_gqa: bool) -> Tensor:
-    lead, H, G = heads_of(query, key, value, enable_gqa)
-    heads = in_four(query, lead, H), in_four(key, lead, G), in_four(value, lead, G)
-    score = score_of(query, is_causal, scale)
-    return definition(*heads, *Extras(None if mask is None else mask_in_four(mask, lead)), p, score).view(*query.shape[:-1], value.shape[-1])
+    extras = Extras(None if mask is None else mask_in_four(mask, query.shape[:-3]))
+    heads = heads_in_four(query, key, value, enable_gqa)
+    return definition(*heads, *extras, p, score_of(query, is_causal, scale)).view(*query.shape[:-1], value.shape[-1])
 
 
 def _positional(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
