@@ -229,6 +229,9 @@ def _with_dropout(query: Tensor, key: Tensor, value: Tensor, seed: Tensor) -> Te
     """Of 4 dimensions, with a given seed."""
     if _unsupported(query, key, value) is not None or not isinstance(seed, Tensor) or seed.dtype != torch.int64 or query.dim() != 4:
         return _definition_with_dropout(query, key, value, seed)
+    dtype = autocast_dtype(query)
+    if dtype is not None:
+        query, key, value = in_autocast(dtype, query, key, value)  # type: ignore[assignment]
     return _seeded(query, key, value, None, seed, P, False, None, False)
 
 
@@ -250,9 +253,9 @@ SAMPLES: list[dict[str, Any]] = [
     {"L": 3, "S": 5, "D": 0, "E": 2},
     {"L": 5, "S": 9, "D": 3, "E": 7, "H": 2, "causal": True},
     {"L": 9, "S": 5, "D": 8, "B": 2, "H": 2, "causal": True},
-    {"L": 7, "S": 17, "D": 16, "H": 4, "G": 2, "scale": 0.3},
+    {"L": 7, "S": 17, "D": 8, "H": 4, "G": 2, "scale": 0.3},
     {"L": 6, "S": 13, "D": 17, "E": 5, "H": 2, "bool_mask": (6, 13)},
-    {"L": 7, "S": 9, "D": 5, "B": 2, "H": 3, "mask": (2, 1, 7, 9)},
+    {"L": 7, "S": 9, "D": 9, "B": 2, "H": 3, "mask": (2, 1, 7, 9)},
     {"L": 11, "S": 15, "D": 9, "lead": (2, 1, 2), "H": 2, "mask": (11, 15)},
     {"L": 33, "S": 31, "D": 31, "H": 2, "mask": (2, 1, 31)},
     {"L": 70, "S": 67, "D": 40, "H": 2, "causal": True},
