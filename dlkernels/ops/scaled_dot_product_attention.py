@@ -43,11 +43,12 @@ from ..contract import (
     unsupported,
     without_kernel,
 )
-from ..registry import Cost, Op, register
+from ..registry import Op, register
 from .dropout import draw_seed
 from .scaled_dot_product_attention_raw import UNLIMITED, Extras, Score, backward, forward
 from .scaled_dot_product_attention_reference import definition
 from .scaled_dot_product_attention_shapes import Misfit, heads_in_four, heads_of, mask_in_four, misfit_of_mask
+from .scaled_dot_product_attention_sizes import BENCH, DROPOUT_SAMPLES, SAMPLES, cost, make, make_with_dropout
 
 __all__ = ["scaled_dot_product_attention"]
 
@@ -122,7 +123,7 @@ def _refused(reason: str, query: Tensor, key: Tensor, value: Tensor, mask: Any, 
     """What PyTorch makes of arguments that no kernel takes: its result, or its error with the argument named."""
     require_tensors(("query", query), ("key", key), ("value", value), optional=(("attn_mask", mask),))
     if is_spread(query, key, value, mask):
-        return on_shards("scaled_dot_product_attention", query, key, value, mask, p, *options)
+        return on_shards("scaled_dot_product_attention", query, key, value, mask, float(p), *options)
     lengths = key.shape[-2:-1] == value.shape[-2:-1]  # torch reads beyond the shorter one
     devices = {t.device for t in (query, key, value, mask) if t is not None and not isinstance(t, CausalBias)}
     if not lengths or len(devices) > 1 or (mask is not None and options[0] is True):
@@ -169,10 +170,10 @@ def scaled_dot_product_attention(
     if reason is not None:
         return _refused(reason, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     seed = draw_seed(query.device) if dropout_p > 0 else None
-    return _seeded(query, key, value, attn_mask, seed, float(dropout_p), is_causal, scale, enable_gqa)
+    return seeded(query, key, value, attn_mask, seed, float(dropout_p), is_causal, scale, enable_gqa)
 
 
-def _seeded(
+def seeded(
     query: Tensor, key: Tensor, value: Tensor, mask: Any, seed: Tensor | None, p: float, is_causal: bool, scale: float | None,
     enable_gqa: bool,
 ) -> Tensor:  # fmt: skip
@@ -185,26 +186,6 @@ def _seeded(
         mask = mask_in_four(mask if mask.dtype == torch.bool or query.dtype != torch.float64 else mask.double(), lead)
     y = attend(*heads_in_four(query, key, value, enable_gqa), Extras(mask, seed=seed), p, score_of(query, is_causal, scale, lower_right))
     return y if query.dim() == 4 else y.reshape(*lead, *[H][: query.dim() - 2], *y.shape[-2:])
-
-
-def _make(
-    factory: Callable[..., Tensor], D: int, T: int = 0, B: int = 1, H: int = 1, L: int | None = None, S: int | None = None,
-    E: int | None = None, G: int | None = None, lead: tuple[int, ...] | None = None, mask: tuple[int, ...] | None = None,
-    bool_mask: tuple[int, ...] | None = None, causal: bool = False, scale: float | None = None,
-) -> tuple[Any, ...]:  # fmt: skip
-    first, L, S = (B,) if lead is None else lead, T if L is None else L, T if S is None else S
-    q, k, v = factory(*first, H, L, D), factory(*first, G or H, S, D), factory(*first, G or H, S, D if E is None else E)
-    bias: Any = factory(*mask) if mask is not None else None
-    if bool_mask is not None:
-        bias = (torch.arange(torch.Size(bool_mask).numel(), device=q.device) * 7 % 5 > 1).view(bool_mask)
-    return q, k, v, bias, 0.0, causal, scale, G is not None
-
-
-def _cost(D: int, causal: bool = False, **size: Any) -> Cost:
-    q, k, v, *_ = _make(lambda *shape: torch.empty(shape, device="meta"), D, causal=causal, **size)
-    scores, E = q.shape[:-1].numel() * k.shape[-2], v.shape[-1]
-    moved = q.numel() + k.numel() + v.numel() + q.shape[:-1].numel() * E
-    return Cost(2 * scores * (D + E) // (1 + causal), 2 * scores * (3 * D + 2 * E) // (1 + causal), moved, 2 * moved)
 
 
 def _definition(query: Tensor, key: Tensor, value: Tensor, mask: Any, p: float, is_causal: bool, scale: Any, enable_gqa: bool) -> Tensor:
@@ -225,49 +206,21 @@ def _positional(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 P = 0.3
 
 
-def _with_dropout(query: Tensor, key: Tensor, value: Tensor, seed: Tensor) -> Tensor:
+def with_dropout(query: Tensor, key: Tensor, value: Tensor, seed: Tensor) -> Tensor:
     """Of 4 dimensions, with a given seed."""
     if _unsupported(query, key, value) is not None or not isinstance(seed, Tensor) or seed.dtype != torch.int64 or query.dim() != 4:
+        if is_spread(query, key, value, seed):
+            return on_shards("seeded_attention", query, key, value, seed)
         return _definition_with_dropout(query, key, value, seed)
     dtype = autocast_dtype(query)
     if dtype is not None:
         query, key, value = in_autocast(dtype, query, key, value)  # type: ignore[assignment]
-    return _seeded(query, key, value, None, seed, P, False, None, False)
+    return seeded(query, key, value, None, seed, P, False, None, False)
 
 
 def _definition_with_dropout(query: Tensor, key: Tensor, value: Tensor, seed: Tensor) -> Tensor:
     return definition(query, key, value, *Extras(seed=seed), P, Score(query.shape[-1] ** -0.5))
 
-
-def _make_with_dropout(factory: Callable[..., Tensor], **size: Any) -> tuple[Any, ...]:
-    q, k, v, *_ = _make(factory, **size)
-    return q, k, v, torch.full((1,), 0x0123456789ABCDEF, device=q.device)
-
-
-SAMPLES: list[dict[str, Any]] = [
-    {"T": 3, "D": 4},
-    {"T": 1, "D": 1},
-    {"B": 0, "T": 3, "D": 4},
-    {"L": 0, "S": 5, "D": 4},
-    {"L": 3, "S": 0, "D": 4},
-    {"L": 3, "S": 5, "D": 0, "E": 2},
-    {"L": 5, "S": 9, "D": 3, "E": 7, "H": 2, "causal": True},
-    {"L": 9, "S": 5, "D": 8, "B": 2, "H": 2, "causal": True},
-    {"L": 7, "S": 17, "D": 8, "H": 4, "G": 2, "scale": 0.3},
-    {"L": 6, "S": 13, "D": 17, "E": 5, "H": 2, "bool_mask": (6, 13)},
-    {"L": 7, "S": 9, "D": 9, "B": 2, "H": 3, "mask": (2, 1, 7, 9)},
-    {"L": 11, "S": 15, "D": 9, "lead": (2, 1, 2), "H": 2, "mask": (11, 15)},
-    {"L": 33, "S": 31, "D": 31, "H": 2, "mask": (2, 1, 31)},
-    {"L": 70, "S": 67, "D": 40, "H": 2, "causal": True},
-    {"L": 150, "S": 301, "D": 33, "E": 65, "H": 2, "G": 1, "bool_mask": (2, 1, 301)},
-    {"L": 203, "S": 131, "D": 80, "B": 2, "H": 1},
-]
-BENCH = [
-    {"B": B, "H": H, "T": T, "D": D}
-    for B, H, T, D in [
-        (4, 8, 128, 64), (2, 8, 512, 64), (1, 8, 2048, 64), (1, 4, 1024, 128), (8, 12, 77, 64), (1, 2, 4096, 32), (2, 8, 333, 80)
-    ]
-]
 
 register(
     Op(
@@ -276,12 +229,12 @@ register(
         call=_positional(scaled_dot_product_attention),
         reference=_definition,
         native=_positional(F.scaled_dot_product_attention),
-        make=_make,
+        make=make,
         samples=SAMPLES,
         bench=BENCH,
         quick=BENCH[:2],
         tiny=[{"B": 1, "H": 4, "T": 16, "D": 32}],
-        cost=_cost,
+        cost=cost,
         raw=("scaled_dot_product_attention_forward", "scaled_dot_product_attention_backward"),
         supports=_unsupported,
     )
@@ -290,14 +243,14 @@ register(
     Op(
         name="scaled_dot_product_attention_dropout",
         module="scaled_dot_product_attention",
-        call=_with_dropout,
+        call=with_dropout,
         reference=_definition_with_dropout,
         native=_definition_with_dropout,
-        make=_make_with_dropout,
-        samples=[{"T": 3, "D": 4}, {"L": 9, "S": 70, "D": 8, "B": 2, "H": 2}, {"L": 67, "S": 5, "D": 5}, {"L": 131, "S": 67, "D": 40}],
+        make=make_with_dropout,
+        samples=DROPOUT_SAMPLES,
         bench=BENCH[:2],
         quick=BENCH[:1],
-        cost=_cost,
+        cost=cost,
         raw=("scaled_dot_product_attention_forward", "scaled_dot_product_attention_backward"),
         supports=lambda query, key, value, seed: _unsupported(query, key, value),
         rival=lambda query, key, value, seed: F.scaled_dot_product_attention(query, key, value, dropout_p=P),
