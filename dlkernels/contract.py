@@ -73,7 +73,7 @@ def is_spread(*tensors: Any, traced: bool = False) -> bool:
 
 def on_shards(rule: str, *args: Any, **options: Any) -> Any:
     """A function of DTensors, computed by the kernels on what each process holds of them. See sharding.py."""
-    from . import sharding_recurrent  # noqa: F401  adds its rules
+    from . import sharding_attention, sharding_recurrent  # noqa: F401  they add their rules
     from .sharding_rules import RULES
 
     return RULES[rule](*args, **options)

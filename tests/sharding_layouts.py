@@ -109,6 +109,22 @@ def any_placements(mesh: DeviceMesh) -> None:
 
 
 @case
+def attention(mesh: DeviceMesh) -> None:
+    q, k, v, shared, mask = randn(3, 4, 5, 6), randn(3, 4, 7, 6), randn(3, 4, 7, 2), randn(1, 4, 5, 7), randn(3, 1, 5, 7)
+    call = F.scaled_dot_product_attention
+    for d in (0, 1):
+        compare(mesh, call, (q, k, v), [Shard(d)] * 3, Shard(d))
+        compare(mesh, functools.partial(call, is_causal=True), (q, k, v), [Shard(d)] * 3, Shard(d))
+        compare(mesh, call, (q, k, v, mask), [Shard(d)] * 3 + [WHOLE if d else Shard(0)], Shard(d))
+        compare(mesh, call, (q, k, v, shared), [Shard(d)] * 3 + [Shard(1) if d else WHOLE], Shard(d))
+    compare(mesh, call, (q, k, v), [Shard(2), WHOLE, WHOLE])
+    compare(mesh, functools.partial(call, enable_gqa=True), (q, k[:, :2], v[:, :2]), [WHOLE] * 3, WHOLE)
+    part = call(*(spread(mesh, t, Shard(0)) for t in (q, k, v)), dropout_p=0.5)
+    assert part.placements == (Shard(0),) and not torch.equal(part.full_tensor(), call(q, k, v))
+    refused(lambda: call(spread(mesh, q), k, v), "scaled_dot_product_attention", "key is a plain Tensor")
+
+
+@case
 def embedding(mesh: DeviceMesh) -> None:
     weight, indices = randn(7, 5), torch.tensor([[1, 2, 1], [6, 1, 0], [3, 1, 1]])
     for by_freq in (False, True):

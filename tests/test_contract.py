@@ -114,7 +114,12 @@ def test_second_derivatives(op: Op) -> None:
         total = torch.stack([(grad**2).sum() for grad in first]).sum()
         return list(torch.autograd.grad(total, [*wanted, *cotangent], allow_unused=True, materialize_grads=True))
 
-    for ours, native in zip(second(op.call), second(op.native)):
+    try:
+        right = second(op.native)
+    except RuntimeError as missing:
+        assert "is not implemented" in str(missing)  # torch's own attention has no second derivatives
+        right = second(op.reference)
+    for ours, native in zip(second(op.call), right):
         torch.testing.assert_close(ours, native)
 
 

@@ -1,0 +1,143 @@
+// scaled_dot_product_attention: the ops, with every argument checked. attention.h says how the work is cut.
+#include "attention_backward.h"
+
+namespace {
+
+constexpr const char* FORWARD = "scaled_dot_product_attention_forward";
+constexpr const char* BACKWARD = "scaled_dot_product_attention_backward";
+using Optional = std::optional<Tensor>;
+
+// The tensor itself where the numbers of a head lie side by side, else a copy.
+Tensor with_rows(const Tensor& t) { return t.size(3) <= 1 || t.stride(3) == 1 ? t : contiguous_copy(t); }
+
+// An uninitialised [B, heads, rows, width] whose heads and rows lie in memory in the order of those of `like`.
+Tensor empty_heads(const Tensor& like, int64_t width) {
+    int64_t sizes[4] = {like.size(0), like.size(1), like.size(2), width}, some[4];
+    for (int i = 0; i < 4; i++) some[i] = std::max<int64_t>(1, sizes[i]);
+    bool rows_first = like.stride(1) < like.stride(2);
+    int64_t strides[4] = {some[1] * some[2] * some[3], rows_first ? some[3] : some[2] * some[3], rows_first ? some[1] * some[3] : some[3], 1};
+    return empty_strided(like.scalar_type(), 4, sizes, strides);
+}
+
+struct Call {  // the arguments of either op
+    const char* op;
+    Tensor query, key, value;
+    Optional mask, slopes, query_starts, key_starts, seed;
+    Options o;
+    std::vector<Sequence> sequences;
+    int64_t B, H, G, L, S, D, E;
+
+    void check() {
+        for (auto [name, t] : {std::pair{"query", query}, {"key", key}, {"value", value}}) ranked(op, name, t, 4);
+        B = query.size(0), H = query.size(1), L = query.size(2), D = query.size(3);
+        G = key.size(1), S = key.size(2), E = value.size(3);
+        checked(op, "query", query, query.scalar_type(), {B, H, L, D});
+        checked(op, "key", key, query.scalar_type(), {B, G, S, D});
+        checked(op, "value", value, query.scalar_type(), {B, G, S, E});
+        if (G ? H % G : H) fail(op, ": query has ", H, " heads, needs a multiple of the ", G, " of key");
+        if (std::max(D, E) > WIDEST) fail(op, ": heads have ", D, " and ", E, " numbers, needs at most ", WIDEST);
+        constexpr int64_t FAR = int64_t(1) << 40;
+        o.left = std::min(o.left, FAR), o.right = std::min(o.right, FAR), o.H = H, o.S = S;
+        if (seed) o.dropout.emplace(checked_seed(op, *seed, o.p), o.p);
+        if (mask) check_mask();
+        if (slopes) {
+            ranked(op, "slopes", *slopes, 2);
+            checked(op, "slopes", *slopes, statistics_type(query), {slopes->size(0) == 1 ? 1 : B, H});
+            slopes = dense(*slopes);
+            o.slopes = slopes->data_ptr(), o.slopes_batch = slopes->size(0) == 1 ? 0 : H;
+        }
+        check_starts();
+        query = with_rows(query), key = with_rows(key), value = with_rows(value);
+    }
+
+    void check_mask() {
+        ScalarType dtype = mask->scalar_type();
+        bool half = query.element_size() == 2;
+        o.mask.kind = dtype == ScalarType::Bool ? MaskKind::BOOLEAN : dtype == query.scalar_type() ? MaskKind::LIKE_QUERY : MaskKind::FLOAT;
+        if (o.mask.kind == MaskKind::FLOAT && !(half && dtype == ScalarType::Float))
+            fail(op, ": mask has dtype ", toString(dtype), ", needs Bool, ", toString(query.scalar_type()), " like query, or Float beside a half type");
+        ranked(op, "mask", *mask, 4);
+        int64_t full[4] = {B, H, L, S};
+        for (int i = 0; i < 4; i++) {
+            o.mask.sizes[i] = mask->size(i);
+            if (mask->size(i) != 1) o.mask.sizes[i] = full[i];
+            o.mask.strides[i] = mask->size(i) == 1 ? 0 : mask->stride(i);
+        }
+        checked(op, "mask", *mask, dtype, o.mask.sizes, 4);
+        o.mask.p = mask->data_ptr();
+    }
+
+    void check_starts() {
+        if (query_starts.has_value() != key_starts.has_value()) fail(op, ": query_starts and key_starts need each other");
+        if (!query_starts) {
+            for (int64_t b = 0; b < B; b++) sequences.push_back({b, 0, L, 0, S});
+            return;
+        }
+        if (B != 1 || mask) fail(op, ": packed sequences have ", B, " batches", mask ? " and a mask" : "", ", needs 1 and none");
+        int64_t count = ranked(op, "query_starts", *query_starts, 1).size(0);
+        auto starts = [&](const char* name, const Tensor& t, int64_t total) {
+            checked(op, name, t, ScalarType::Long, {count});
+            Tensor lying = dense(t);
+            auto p = static_cast<const int64_t*>(lying.data_ptr());
+            bool good = count > 0 && p[0] == 0 && p[count - 1] == total;
+            for (int64_t i = 1; good && i < count; i++) good = p[i - 1] <= p[i];
+            if (!good) fail(op, ": ", name, " needs numbers from 0 to ", total, " that do not decrease");
+            return std::vector<int64_t>(p, p + count);
+        };
+        auto l = starts("query_starts", *query_starts, L), s = starts("key_starts", *key_starts, S);
+        for (int64_t i = 0; i + 1 < count; i++) sequences.push_back({0, l[i], l[i + 1] - l[i], s[i], s[i + 1] - s[i]});
+    }
+
+    template <class T> Attention<T> arguments(const Tensor& y, const Tensor& lse) const {
+        return {o, sequences, H, G, D, E, Heads<T>(query), Heads<T>(key), Heads<T>(value), Heads<T>(y),
+                static_cast<compute_t<T>*>(lse.data_ptr()), H * L, L};
+    }
+};
+
+std::tuple<Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value, Optional mask, Optional slopes, Optional query_starts,
+                                   Optional key_starts, Optional seed, double p, double scale, double softcap, int64_t left, int64_t right,
+                                   bool lower_right) {
+    Call call{FORWARD, query, key, value, mask, slopes, query_starts, key_starts, seed, {p, scale, softcap, left, right, lower_right}};
+    call.check();
+    Tensor y = empty_heads(query, call.E), lse = empty(statistics_type(query), {call.B, call.H, call.L});
+    with_type(FORWARD, query.scalar_type(), [&](auto type) { attention_forward(call.arguments<decltype(type)>(y, lse)); });
+    return {y, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
+    Tensor dy, Tensor query, Tensor key, Tensor value, Tensor y, Tensor lse, Optional mask, Optional slopes, Optional query_starts,
+    Optional key_starts, Optional seed, double p, double scale, double softcap, int64_t left, int64_t right, bool lower_right,
+    bool need_dquery, bool need_dkey, bool need_dvalue, bool need_dmask) {
+    Call call{BACKWARD, query, key, value, mask, slopes, query_starts, key_starts, seed, {p, scale, softcap, left, right, lower_right}};
+    call.check();
+    checked(BACKWARD, "dy", dy, query.scalar_type(), {call.B, call.H, call.L, call.E});
+    checked(BACKWARD, "y", y, query.scalar_type(), {call.B, call.H, call.L, call.E});
+    checked(BACKWARD, "lse", lse, statistics_type(query), {call.B, call.H, call.L});
+    need_dmask = need_dmask && mask && mask->scalar_type() != ScalarType::Bool;
+    Tensor dys = with_rows(dy), ys = with_rows(y), sums = dense(lse), dmask;
+    Tensor dquery = need_dquery ? empty_heads(query, call.D) : Tensor(), dkey = need_dkey ? empty_heads(key, call.D) : Tensor();
+    Tensor dvalue = need_dvalue ? empty_heads(value, call.E) : Tensor();
+    if (need_dmask) dmask = empty(*mask);
+    with_type(BACKWARD, query.scalar_type(), [&](auto type) {
+        using T = decltype(type);
+        using C = compute_t<T>;
+        auto a = call.arguments<T>(ys, sums);
+        Gradients<T> d{Heads<T>(dys), Heads<T>(dquery), Heads<T>(dkey), Heads<T>(dvalue)};
+        int64_t heads = int64_t(call.sequences.size()) * call.G;
+        d.parts = parts_of(heads, call.B * call.H * call.L, call.S, call.D), d.B = call.B, d.L = call.L;
+        Tensor shares = d.parts > 1 ? empty(statistics_type(query), {d.parts, call.B * call.H * call.L * call.D}) : Tensor();
+        d.shares = data<C>(shares);
+        if (need_dquery || need_dkey || need_dvalue) attention_backward(a, d);
+        if (!need_dmask || !dmask.numel()) return;
+        if (call.o.mask.kind == MaskKind::LIKE_QUERY) mask_gradient(a, d.dy, data<T>(dmask));
+        else if constexpr (sizeof(T) == 2) mask_gradient(a, d.dy, data<float>(dmask));
+    });
+    return {dquery, dkey, dvalue, dmask};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(dlkernels, CPU, m) {
+    m.impl(FORWARD, TORCH_BOX(&forward));
+    m.impl(BACKWARD, TORCH_BOX(&backward));
+}
