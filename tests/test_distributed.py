@@ -66,6 +66,11 @@ def test_optimizers_step_on_local_parts(name: str, size: int, outcomes: dict[int
     value(outcomes[size][name])
 
 
+@pytest.mark.parametrize("size", [2, 4])
+def test_moments_in_bfloat16(size: int, outcomes: dict[int, dict[str, Any]]) -> None:
+    assert value(outcomes[size]["moments in bfloat16"]) == value(outcomes[2]["moments in bfloat16"])
+
+
 def torchrun(folder: Path, how: str, restarts: int) -> subprocess.CompletedProcess[str]:
     options = ["--nproc-per-node=2", f"--max-restarts={restarts}", "--standalone", "--monitor-interval=0.2"]
     command = [sys.executable, "-m", "torch.distributed.run", *options, training_worker.__file__, str(folder), how]
