@@ -1,4 +1,4 @@
-"""Where an op's sources are and what they compile to: what `dlkernels show` prints.
+"""Where an op's or an optimizer's sources are and what they compile to: what `dlkernels show` prints.
 
 C++ sources are found beside an installed package (dlkernels/_csrc/cpu) and in a checkout (csrc/cpu).
 """
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import assembly, backend
+from .bench.optimizers import OPTIMIZERS, Optimizer
 from .registry import OPS, Op
 
 PACKAGE = Path(__file__).parent
@@ -32,7 +33,7 @@ class Page:
     origin: str
 
 
-def pages(op: Op, view: str) -> list[Page]:
+def pages(op: Op | Optimizer, view: str) -> list[Page]:
     """The listings of one of VIEWS for `op`. Raises NotAvailable where there is none here, ValueError for an unknown view."""
     if view == "contract":
         return [_source(f"{op.name}: the contract", "python", PACKAGE / "ops" / f"{op.module}.py")]
@@ -60,7 +61,7 @@ def _source(title: str, language: str, path: Path) -> Page:
     return Page(title, language, path.read_text(), str(path))
 
 
-def _gpu_code(op: Op, stage: str) -> Iterator[Page]:
+def _gpu_code(op: Op | Optimizer, stage: str) -> Iterator[Page]:
     """What the Triton twin compiles to for GPU_TARGET, with or without a GPU in this machine."""
     from .gpu import aot, examples
 
@@ -76,7 +77,7 @@ def _gpu_code(op: Op, stage: str) -> Iterator[Page]:
             yield Page(title, "ptx" if stage == "ptx" else "sass", kernel.text(stage), f"triton.compile, {stage}")
 
 
-def _assembly(op: Op) -> Iterator[Page]:
+def _assembly(op: Op | Optimizer) -> Iterator[Page]:
     """The op's machine code in the loaded CPU library: its functions, the busiest inner loop, and the function around that loop."""
     library = backend.library_path(backend.isa())
     if library is None:
@@ -89,6 +90,8 @@ def _assembly(op: Op) -> Iterator[Page]:
     except subprocess.SubprocessError as error:
         raise NotAvailable(f"objdump cannot read {library}: {error}") from error
     functions = assembly.functions(listing, cpu_source(op.module), (op.module, *op.raw))
+    if isinstance(op, Optimizer):  # the source has the others' as well
+        functions = [f for f in functions if op.raw[0] in f.name]
     if not functions:
         raise NotAvailable(f"{library.name} names no function of {op.name}: its symbols were stripped")
     origin = f"objdump --disassemble {library.name}"
@@ -101,11 +104,12 @@ def _assembly(op: Op) -> Iterator[Page]:
     yield Page(busiest.name, "nasm", f"; {busiest.name}\n{busiest.code}", origin)
 
 
-def find(name: str) -> Op:
-    """The op of this name; a module's or a raw op's name finds the first op that uses it. Raises KeyError for any other."""
-    if name in OPS:
-        return OPS[name]
-    for op in OPS.values():
+def find(name: str) -> Op | Optimizer:
+    """The op or optimizer of this name; a module's or a raw op's name finds the first that uses it. Raises KeyError for any other."""
+    known: dict[str, Op | Optimizer] = {**OPS, **OPTIMIZERS}
+    if name in known:
+        return known[name]
+    for op in known.values():
         if name == op.module or name in op.raw:
             return op
     raise KeyError(name)

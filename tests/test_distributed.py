@@ -66,6 +66,11 @@ def test_optimizers_step_on_local_parts(name: str, size: int, outcomes: dict[int
     value(outcomes[size][name])
 
 
+@pytest.mark.parametrize("size", [2, 4])
+def test_moments_in_bfloat16(size: int, outcomes: dict[int, dict[str, Any]]) -> None:
+    assert value(outcomes[size]["moments in bfloat16"]) == value(outcomes[2]["moments in bfloat16"])
+
+
 def torchrun(folder: Path, how: str, restarts: int) -> subprocess.CompletedProcess[str]:
     options = ["--nproc-per-node=2", f"--max-restarts={restarts}", "--standalone", "--monitor-interval=0.2"]
     command = [sys.executable, "-m", "torch.distributed.run", *options, training_worker.__file__, str(folder), how]
@@ -90,3 +95,28 @@ def test_a_killed_worker_ends_the_job_and_a_restart_goes_on(how: str, tmp_path: 
     found, wanted = (json.loads((folder / "history.json").read_text()) for folder in (tmp_path, whole))
     for name in ("train_loss", "val_loss"):
         assert found[name] == wanted[name]
+
+
+LEAVING = """
+import os, torch
+from dlkernels.train import join, leave, spread
+
+def threads():
+    return [name for t in os.listdir("/proc/self/task") for name in [open(f"/proc/self/task/{t}/comm").read()] if "gloo" in name]
+
+join()
+model = spread(torch.nn.Linear(4, 4), "ddp")
+model(torch.ones(2, 4)).sum().backward()
+assert threads()
+leave()
+assert not threads()
+model.module(torch.ones(2, 4)).sum().backward()
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads have names in /proc")
+def test_no_thread_of_the_group_outlives_it() -> None:
+    """One that takes the interpreter's lock while that comes to its end would abort the process."""
+    env = {**ENVIRONMENT, "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    left = subprocess.run([sys.executable, "-c", LEAVING], env=env, capture_output=True, text=True, timeout=60)
+    assert left.returncode == 0, left.stderr[-3000:]

@@ -7,7 +7,11 @@ import torch
 
 pytest.importorskip("triton")
 
+from support import SMALL
+
+from dlkernels.gpu import aot
 from dlkernels.gpu.multi_tensor import CHUNK, groups
+from dlkernels.gpu.optimizers import adam_
 
 
 def test_tables_are_made_anew_only_when_an_address_changes() -> None:
@@ -49,3 +53,15 @@ def test_memory_that_a_kernel_can_walk() -> None:
 def test_every_tensor_is_checked(grads: list[torch.Tensor], message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         groups({"params": ([torch.ones(2), torch.ones(3)], False), "grads": (grads, False)})
+
+
+@pytest.mark.skipif(SMALL, reason="the interpreter leaves nothing to compile")
+@pytest.mark.parametrize("target", aot.TARGETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_moments_in_bfloat16_compile(dtype: torch.dtype, target: str) -> None:
+    params, moments = ([torch.empty(1000, 1000, dtype=kind, device="meta")] for kind in (dtype, torch.bfloat16))
+    counts = [torch.empty((), device="meta")]
+    rule = 1e-3, 0.9, 0.999, 1e-8, 0.01, True, False, False, True
+    (launch,) = aot.record(lambda: adam_(params, params, moments, moments, moments, counts, None, None, *rule), target)
+    compiled = aot.compile_launch(launch, target)
+    assert compiled.spilled == 0 and 0 < compiled.registers <= 128

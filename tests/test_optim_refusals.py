@@ -85,7 +85,7 @@ def test_step_arguments(option: dict[str, Any]) -> None:
 
 def adam(params: list[Tensor], grads: list[Tensor], moments: list[Tensor], counts: list[Tensor], factor: Tensor | None = None) -> None:
     seconds = [m.clone() for m in moments]
-    raw.adam_(params, grads, moments, seconds, [], counts, factor, None, 1e-3, 0.9, 0.99, 1e-8, 0.0, True, False, False)
+    raw.adam_(params, grads, moments, seconds, [], counts, factor, None, 1e-3, 0.9, 0.99, 1e-8, 0.0, True, False, False, False)
 
 
 @pytest.mark.parametrize(

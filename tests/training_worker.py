@@ -176,6 +176,34 @@ def step_on_shards(make: Callable[..., Any], mesh: DeviceMesh) -> None:
     torch.testing.assert_close(norms[1], norms[0])
 
 
+def moments_in_bfloat16(mesh: DeviceMesh) -> list[float]:
+    """Each process's part is what an optimizer of that part alone makes of it, and its state is loaded as it was saved; returns what every
+    process has of a parameter that lies whole in all of them."""
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=generator) for shape in SHAPES]
+    shards: list[Any] = [distribute_tensor(t, mesh, [Shard(0) if t.dim() > 1 else Replicate()]).requires_grad_() for t in start]
+    parts = [p.detach().to_local().clone().requires_grad_() for p in shards]
+    alike = [{"params": [part for p, part in zip(shards, parts) if p.placements == lie]} for lie in ((Shard(0),), (Replicate(),))]
+    spread_out, alone = (optim.AdamW(params, lr=0.1, moments_dtype=torch.bfloat16) for params in (shards, alike))
+    for step in range(6):
+        for p, part, t in zip(shards, parts, start):
+            p.grad = distribute_tensor(torch.randn(t.shape, generator=generator), mesh, p.placements)
+            part.grad = p.grad.to_local().clone()
+        spread_out.step(), alone.step()
+        if step == 2:
+            state, spread_out = spread_out.state_dict(), optim.AdamW(shards, lr=0.1, moments_dtype=torch.bfloat16)
+            spread_out.load_state_dict(state)
+        for p, part in zip(shards, parts):
+            assert torch.equal(p.to_local(), part)
+            for name in ("exp_avg", "exp_avg_sq"):
+                kept = spread_out.state[p][name]
+                assert isinstance(kept, DTensor) and torch.equal(kept.to_local(), alone.state[part][name])
+                assert kept.dtype == torch.bfloat16
+    whole = spread_out.state[shards[2]]["exp_avg"].to_local().tolist()
+    assert gather_objects(whole) == [whole] * dist.get_world_size()
+    return whole
+
+
 def train_until_killed(folder: Path, how: str) -> None:
     """Under torchrun: process 1 is killed in the middle of the second epoch, once; the first writes the history of a run that ends."""
     join()
@@ -210,6 +238,6 @@ if __name__ == "__main__":
         jobs["at once"] = lambda mesh: trainer.fit(*batches, epochs=3)["val_loss"]
     else:
         jobs |= {name: functools.partial(step_on_shards, make) for name, make in OPTIMIZERS.items()}
-        jobs["tracked"] = what_was_tracked
+        jobs |= {"tracked": what_was_tracked, "moments in bfloat16": moments_in_bfloat16}
         jobs |= {f"batch norm {name}": functools.partial(batch_norm_in_bfloat16, world) for name, world in WORLDS.items()}
     serve(jobs)

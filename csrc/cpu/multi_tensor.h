@@ -19,24 +19,26 @@ using Tensors = std::vector<Tensor>;
 struct NamedList {
     const char* name;
     const Tensors& tensors;  // one per parameter, or none at all
-    bool may_widen = false;  // may be float beside a half type
+    bool is_kept = false;    // of the first list's type, or float beside a half type, or bf16 where the op keeps everything so
     bool written = true;     // a copy of one that is only read need not go back
 };
 
 struct Entry {
     void* array[ARRAYS];  // null where its list is empty
     int64_t size;
-    ScalarType type, wide;  // of the first array, and of those that may widen
+    ScalarType type, kept;  // of the first array, and of those that are kept
 };
 
 struct Entries {
     std::vector<Entry> all;
     struct Copy { Tensor original, copy; bool written; };
     std::vector<Copy> copies;
+    const bool bf16_kept;
 
     // Every tensor is checked before any is touched. The first list says how many there are and of which shape and dtype.
-    Entries(const char* op, std::initializer_list<NamedList> lists) : all(lists.begin()->tensors.size()) {
-        for (const auto& [name, tensors, may_widen, written] : lists)
+    Entries(const char* op, std::initializer_list<NamedList> lists, bool bf16_kept = false)
+        : all(lists.begin()->tensors.size()), bf16_kept(bf16_kept) {
+        for (const auto& [name, tensors, is_kept, written] : lists)
             if (!tensors.empty() && tensors.size() != all.size())
                 fail(op, ": ", name, " has ", tensors.size(), " tensors, needs ", all.size(), " like ", lists.begin()->name);
         std::vector<char> done(all.size());  // to look at thousands of tensors is to wait for memory: threads wait side by side
@@ -58,16 +60,16 @@ struct Entries {
         if (!first.defined()) return false;
         const auto sizes = first.sizes();
         const ScalarType dtype = first.scalar_type();
-        if (dtype != ScalarType::Float && dtype != ScalarType::Double && dtype != ScalarType::BFloat16 && dtype != ScalarType::Half)
+        if (dtype != ScalarType::Float && (dtype != ScalarType::Double || bf16_kept) && dtype != ScalarType::BFloat16 && dtype != ScalarType::Half)
             return false;
-        all[i] = {{}, first.numel(), dtype, dtype};
+        all[i] = {{}, first.numel(), dtype, bf16_kept ? ScalarType::BFloat16 : dtype};
         int a = 0;
         for (const auto& list : lists) {
             void*& array = all[i].array[a++];
             if (list.tensors.empty()) continue;
             const Tensor& t = list.tensors[i];
-            if (!t.defined() || !t.is_cpu() || t.layout() != torch::headeronly::Layout::Strided || t.scalar_type() != dtype ||
-                !std::ranges::equal(t.sizes(), sizes) || !t.is_contiguous())
+            if (!t.defined() || !t.is_cpu() || t.layout() != torch::headeronly::Layout::Strided ||
+                t.scalar_type() != (list.is_kept ? all[i].kept : dtype) || !std::ranges::equal(t.sizes(), sizes) || !t.is_contiguous())
                 return false;
             array = t.data_ptr();
         }
@@ -75,13 +77,16 @@ struct Entries {
     }
     void check(const char* op, std::initializer_list<NamedList> lists, size_t i) {
         const Tensor& first = lists.begin()->tensors[i];
-        all[i] = {{}, first.defined() ? first.numel() : 0, first.scalar_type(), first.scalar_type()};
+        ScalarType& kept = all[i].kept;
+        all[i] = {{}, first.defined() ? first.numel() : 0, first.scalar_type(), bf16_kept ? ScalarType::BFloat16 : first.scalar_type()};
         with_type(op, all[i].type, [](auto) {});
-        for (const auto& [name, tensors, may_widen, written] : lists) {
+        if (bf16_kept && all[i].type == ScalarType::Double)
+            fail(op, ": ", lists.begin()->name, " has dtype Double, beside which nothing is kept in BFloat16; tensor number ", i);
+        for (const auto& [name, tensors, is_kept, written] : lists) {
             if (tensors.empty()) continue;
-            if (may_widen && first.element_size() == 2 && tensors[i].scalar_type() == ScalarType::Float) all[i].wide = ScalarType::Float;
+            if (is_kept && !bf16_kept && first.element_size() == 2 && tensors[i].scalar_type() == ScalarType::Float) kept = ScalarType::Float;
             try {
-                checked(op, name, tensors[i], may_widen ? all[i].wide : all[i].type, first.sizes().data(), first.sizes().size());
+                checked(op, name, tensors[i], is_kept ? kept : all[i].type, first.sizes().data(), first.sizes().size());
             } catch (const std::exception& error) {
                 fail(error.what(), "; tensor number ", i);
             }
@@ -135,11 +140,11 @@ template <class Body> void each_part(const std::vector<Entry>& entries, const Bo
     }, first.back() * UNIT <= SERIAL_NUMBERS);
 }
 
-// f(T, S) with the types of the entry's numbers: its first array's, and that of those that may widen.
+// f(T, S) with the types of the entry's numbers: its first array's, and that of those that are kept, unless these are bf16 by `bf16_kept`.
 template <class F> void with_types(const char* op, const Entry& entry, const F& f) {
     with_type(op, entry.type, [&](auto type) {
         if constexpr (sizeof(type) == 2)
-            if (entry.wide == ScalarType::Float) return f(type, float{});
+            if (entry.kept == ScalarType::Float) return f(type, float{});
         f(type, type);
     });
 }

@@ -5,6 +5,7 @@
 // Everything is checked before anything is changed.
 #include "math.h"
 #include "multi_tensor.h"
+#include "philox.h"
 
 namespace {
 
@@ -23,9 +24,14 @@ struct Gradient {
         : factor(number_of(op, "factor", factor, 1) * (maximize ? -1 : 1)), zero(zero) {}
 };
 
+// How a kept number is written: rounded to the nearest, unless by `Chance` (philox.h).
+struct Nearest {
+    void at(int64_t) {}
+};
+
 // rule(p, g, a, b, c) for the vectors of numbers [begin, end) of an entry; a, b, c are those of KEPT arrays, and 0 beyond.
-template <int KEPT, class T, class S, class Rule>
-void apply(const Entry& entry, int64_t begin, int64_t end, const Gradient& gradient, Rule rule) {
+template <int KEPT, class T, class S, class Rule, class Rounding = Nearest>
+void apply(const Entry& entry, int64_t begin, int64_t end, const Gradient& gradient, Rule rule, Rounding rounding = {}) {
     using C = compute_t<T>;
     using V = vec<C>;
     T *p = static_cast<T*>(entry.array[PARAM]), *g = static_cast<T*>(entry.array[GRAD]);
@@ -37,8 +43,11 @@ void apply(const Entry& entry, int64_t begin, int64_t end, const Gradient& gradi
         for (int k = 0; k < KEPT; k++) state[k] = load(kept[k] + n, lanes...);
         rule(value, slope, state[0], state[1], state[2]);
         store(p + n, value, lanes...);
+        rounding.at(n);
 #pragma GCC unroll 3
-        for (int k = 0; k < KEPT; k++) store(kept[k] + n, state[k], lanes...);
+        for (int k = 0; k < KEPT; k++)
+            if constexpr (std::is_same_v<Rounding, Nearest>) store(kept[k] + n, state[k], lanes...);
+            else store_raw(kept[k] + n, rounding.narrow(state[k], n, k > 0), lanes...);
         if (gradient.zero) store(g + n, V{}, lanes...);
     };
     for (; begin + VL<C> <= end; begin += VL<C>) step(begin);
@@ -83,21 +92,26 @@ struct Adam {
 
 void adam_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sqs, Tensors steps,
            std::optional<Tensor> factor, std::optional<Tensor> found_inf, double lr, double beta1, double beta2, double eps,
-           double weight_decay, bool decoupled, bool maximize, bool zero_grads) {
+           double weight_decay, bool decoupled, bool maximize, bool zero_grads, bool by_chance) {
     constexpr const char* OP = "adam_";
     Entries entries(OP, {{"params", params}, {"grads", grads, false, zero_grads}, {"exp_avgs", exp_avgs, true}, {"exp_avg_sqs", exp_avg_sqs, true},
-                         {"max_exp_avg_sqs", max_exp_avg_sqs, true}});
+                         {"max_exp_avg_sqs", max_exp_avg_sqs, true}}, by_chance);
     Steps counts(OP, steps, params.size());
     Gradient gradient(OP, factor, maximize, zero_grads);
     if (is_set(OP, found_inf)) return;
     const Adam adam{lr, beta1, beta2, eps, weight_decay, decoupled};
     each_part(entries.all, [&](size_t i, int64_t begin, int64_t end) {
         const Entry& entry = entries.all[i];
-        with_types(OP, entry, [&](auto type, auto kept) {
+        auto run = [&](auto type, auto kept, auto... rounding) {
             using T = decltype(type);
             using S = decltype(kept);
-            if (entry.array[THIRD]) apply<3, T, S>(entry, begin, end, gradient, adam.rule<true, compute_t<T>>(counts.next[i]));
-            else apply<2, T, S>(entry, begin, end, gradient, adam.rule<false, compute_t<T>>(counts.next[i]));
+            using C = compute_t<T>;
+            if (entry.array[THIRD]) apply<3, T, S>(entry, begin, end, gradient, adam.rule<true, C>(counts.next[i]), rounding...);
+            else apply<2, T, S>(entry, begin, end, gradient, adam.rule<false, C>(counts.next[i]), rounding...);
+        };
+        if (!by_chance) return with_types(OP, entry, run);
+        with_type(OP, entry.type, [&](auto type) {
+            if constexpr (sizeof(type) < 8) run(type, bf16{}, Chance(uint64_t(counts.next[i]), i));
         });
     });
     entries.write_back(), counts.write();

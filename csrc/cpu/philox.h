@@ -88,3 +88,25 @@ struct Dropout {
         for (int j = 0, n = end - begin; j < n; j += VL<C>) store(y + begin + j, load(x + begin + j, n - j) * load(factor + j), n - j);
     }
 };
+
+// Numbers written as bf16, up or down by chance: one that lies a fraction f of the way between two bf16 goes up with probability f, so that
+// what is too small to move a bf16 moves it now and then, and on the whole is not lost. Half of number(row, place) decides, and two arrays
+// have a half each. What is a bf16, 0 and infinities among them, stays.
+struct Chance {
+    Philox philox;
+    uint64_t row;
+    alignas(64) uint32_t number[PHILOX_BLOCK];
+
+    Chance(uint64_t seed, uint64_t row) : philox(seed), row(row) {}
+
+    // Makes the numbers of the places from `place` on, if a block of them begins there.
+    void at(int64_t place) {
+        if (place % PHILOX_BLOCK == 0) philox.block(row, place, number);
+    }
+    // For the VL<float> places from `place` on, a multiple of that many; the other half for the second array.
+    halves narrow(vec<float> v, int64_t place, bool second) const {
+        vec<uint32_t> r = load_raw<vec<uint32_t>>(number + place % PHILOX_BLOCK);
+        vec<uint32_t> u = (bits_as<vec<uint32_t>>(v) + (second ? r >> 16 : r & 0xffff)) >> 16;
+        return shorten(v != v ? vec<uint32_t>{} + 0x7fc0 : u);
+    }
+};

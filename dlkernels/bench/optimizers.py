@@ -46,6 +46,7 @@ class Optimizer:
 
     Attributes:
         name: what rows call it; cls: the name of its class; options: arguments of both beside the learning rate.
+        raw: the registered op that does the work, of the contract and the twins in `module`.
         fastest: the argument that chooses torch's fastest variant.
         flops, moved: of an update, for each number of the parameters: operations, and numbers read plus written.
         directions: STEP, and TAIL where it is raced as well; dtypes: those that are raced and checked.
@@ -55,19 +56,21 @@ class Optimizer:
     cls: str
     options: Mapping[str, Any]
     fastest: str
+    raw: Sequence[str]
     flops: int
     moved: int
     directions: Sequence[str] = (STEP,)
     dtypes: Sequence[torch.dtype] = (torch.float32,)
+    module: str = "optimizers"
 
 
 OPTIMIZERS = {
     optimizer.name: optimizer
     for optimizer in (
-        Optimizer("adamw", "AdamW", {}, "fused", flops=15, moved=7, directions=(STEP, TAIL)),  # p, g, m, v in; p, m, v out
-        Optimizer("adam", "Adam", {}, "fused", flops=14, moved=7),
-        Optimizer("sgd", "SGD", {"momentum": 0.9}, "fused", flops=5, moved=5),  # p, g, b in; p, b out
-        Optimizer("rmsprop", "RMSprop", {"momentum": 0.9}, "foreach", flops=11, moved=7),  # p, g, v, b in; p, v, b out
+        Optimizer("adamw", "AdamW", {}, "fused", ("adam_",), flops=15, moved=7, directions=(STEP, TAIL)),  # p, g, m, v in; p, m, v out
+        Optimizer("adam", "Adam", {}, "fused", ("adam_",), flops=14, moved=7),
+        Optimizer("sgd", "SGD", {"momentum": 0.9}, "fused", ("sgd_",), flops=5, moved=5),  # p, g, b in; p, b out
+        Optimizer("rmsprop", "RMSprop", {"momentum": 0.9}, "foreach", ("rmsprop_",), flops=11, moved=7),  # p, g, v, b in; p, v, b out
     )
 }
 

@@ -12,7 +12,7 @@ from .. import backend
 from .. import show as sources
 from ..bench import machine
 from ..bench.inputs import arguments, dtype_name
-from ..bench.optimizers import Optimizer
+from ..bench.optimizers import OPTIMIZERS, Optimizer
 from ..registry import FLOATS, OPS, Op
 from .options import find_ops, json_option, ops_argument, unknown
 from .output import console, emit, facts, remark, table, write_json
@@ -79,7 +79,7 @@ def _devices() -> list[str]:
     return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
-@click.command(short_help="The source of an op, or what it compiles to.")
+@click.command(short_help="The source of an op or optimizer, or what it compiles to.")
 @click.argument("op")
 @click.option("--contract", "view", flag_value="contract", default=True, help="Maths, shapes, autograd Function, cost (default).")
 @click.option("--cpu", "view", flag_value="cpu", help="The C++ SIMD kernel.")
@@ -93,7 +93,7 @@ def show(op: str, view: str, json_target: str | None) -> None:
     try:
         found = sources.find(op)
     except KeyError:
-        raise unknown("op", op, OPS) from None
+        raise unknown("op", op, [*OPS, *OPTIMIZERS]) from None
     try:
         listings = sources.pages(found, view)
     except (sources.NotAvailable, RuntimeError, OSError, ImportError) as error:

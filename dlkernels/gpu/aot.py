@@ -44,7 +44,7 @@ TARGETS = {
 }
 POINTERS = {
     torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32",
-    torch.int64: "*i64", torch.uint8: "*u8",
+    torch.int64: "*i64", torch.int16: "*i16", torch.uint8: "*u8",
 }  # fmt: skip
 
 

@@ -71,9 +71,9 @@ class Group(NamedTuple):
             original.copy_(copy)
 
 
-def groups(lists: dict[str, tuple[Tensors, bool]], only_read: str = "") -> list[Group]:
-    """The entries of ``lists`` (name: tensors, whether they may be float32 beside a half type; empty lists are absent ones) in groups.
-    Copies of the list ``only_read`` are not written back.
+def groups(lists: dict[str, tuple[Tensors, bool]], only_read: str = "", kept: torch.dtype | None = None) -> list[Group]:
+    """The entries of ``lists`` (name: tensors, whether they are kept; empty lists are absent ones) in groups. What is kept may be float32
+    beside a half type, or is of dtype ``kept``. Copies of the list ``only_read`` are not written back.
 
     Raises:
         RuntimeError, TypeError: a list or a tensor does not fit the first list's.
@@ -87,8 +87,10 @@ def groups(lists: dict[str, tuple[Tensors, bool]], only_read: str = "") -> list[
     for i, like in enumerate(first):
         for name, tensors in used.items():
             t = tensors[i]
-            widened = lists[name][1] and like.dtype.itemsize == 2 and t.dtype == torch.float32
-            check_tensor(f"{name}[{i}]", t, like.new_empty(0, dtype=torch.float32) if widened else like, tuple(like.shape))
+            dtype = like.dtype
+            if lists[name][1]:
+                dtype = kept or (torch.float32 if dtype.itemsize == 2 and t.dtype == torch.float32 else dtype)
+            check_tensor(f"{name}[{i}]", t, like if dtype == like.dtype else like.new_empty(0, dtype=dtype), tuple(like.shape))
         by_dtype.setdefault(tuple(tensors[i].dtype for tensors in used.values()), []).append(i)
     return [_group({name: [of[i] for i in places] for name, of in used.items()}, places, only_read) for places in by_dtype.values()]
 

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import philox
 from .launch import launch
 from .multi_tensor import BLOCK, CHUNK, Group, Tensors, array_of, block_of, chunk_of, each_group, groups, larger, root, to_device
 
@@ -45,8 +46,27 @@ def write(p, g, at, here, value, zero):
 
 
 @triton.jit
+def load_kept(p, here, ACC: tl.constexpr):
+    """Numbers that are kept. Those of a pointer to int16 are the bits of bfloat16, the upper half of a float32's."""
+    if p.dtype.element_ty == tl.int16:
+        return (tl.load(p, here, 0).to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return tl.load(p, here, 0.0).to(ACC)
+
+
+@triton.jit
+def store_kept(p, here, value, chance):
+    """Bits of bfloat16: up or down by ``chance``, of 16 random bits, as the contract says. A NaN stays one."""
+    if p.dtype.element_ty == tl.int16:
+        bits = (value.to(tl.uint32, bitcast=True) + chance) >> 16
+        tl.store(p, tl.where(value == value, bits, 0x7FC0).to(tl.uint16).to(tl.int16, bitcast=True), here)
+    else:
+        tl.store(p, value.to(p.dtype.element_ty), here)
+
+
+@triton.jit
 def adam_update(pointers, chunks, numbers, p_like, m_like, n, AMSGRAD: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    """numbers: keep, pull (decoupled decay, L2), 1 - β₁, β₂, 1 - β₂, eps; then lr / (1 - β₁ᵗ) and 1 / √(1 - β₂ᵗ) of every entry"""
+    """numbers: keep, pull (decoupled decay, L2), 1 - β₁, β₂, 1 - β₂, eps; lr / (1 - β₁ᵗ), 1 / √(1 - β₂ᵗ), t and place of every entry"""
     ACC: tl.constexpr = tl.float64 if p_like.dtype.element_ty == tl.float64 else tl.float32
     entry, first, size = chunk_of(chunks)
     p, g = array_of(pointers, 0, n, entry, p_like), array_of(pointers, 1, n, entry, p_like)
@@ -55,22 +75,24 @@ def adam_update(pointers, chunks, numbers, p_like, m_like, n, AMSGRAD: tl.conste
     factor, keep, pull, part1 = number(numbers, 0, ACC), number(numbers, 3, ACC), number(numbers, 4, ACC), number(numbers, 5, ACC)
     b2, part2, eps = number(numbers, 6, ACC), number(numbers, 7, ACC), number(numbers, 8, ACC)
     rate, root_bias = number(numbers, 9 + entry, ACC), number(numbers, 9 + n + entry, ACC)
+    seed, row = tl.load(numbers + 9 + 2 * n + entry).to(tl.int64), tl.load(numbers + 9 + 3 * n + entry).to(tl.int64)
     stays, zero = flag(numbers, 1), flag(numbers, 2)
     for start in range(0, CHUNK, BLOCK):
         at, here = block_of(first, start, size, BLOCK)
         here &= stays == 0
         value, slope = read(p, g, at, here, factor, pull, ACC)
-        mean = tl.load(m + at, here, 0.0).to(ACC)
+        mean = load_kept(m + at, here, ACC)
         mean += (slope - mean) * part1
-        square = tl.load(v + at, here, 0.0).to(ACC) * b2 + slope * slope * part2
+        square = load_kept(v + at, here, ACC) * b2 + slope * slope * part2
+        r = philox.numbers(seed, row, first + start, BLOCK) if m_like.dtype.element_ty == tl.int16 else tl.zeros_like(at).to(tl.uint32)
         largest = square
         if AMSGRAD:
-            largest = larger(tl.load(u + at, here, 0.0).to(ACC), square)
-            tl.store(u + at, largest.to(m_like.dtype.element_ty), here)
+            largest = larger(load_kept(u + at, here, ACC), square)
+            store_kept(u + at, here, largest, r >> 16)
         value = value * keep - rate * mean / (root(largest) * root_bias + eps)
         write(p, g, at, here, value, zero)
-        tl.store(m + at, mean.to(m_like.dtype.element_ty), here)
-        tl.store(v + at, square.to(m_like.dtype.element_ty), here)
+        store_kept(m + at, here, mean, r & 0xFFFF)
+        store_kept(v + at, here, square, r >> 16)
 
 
 @triton.jit
@@ -130,26 +152,30 @@ def rmsprop_update(pointers, chunks, numbers, p_like, v_like, n, CENTERED: tl.co
 def adam_(
     params: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, max_exp_avg_sqs: Tensors, steps: Tensors,
     factor: Tensor | None, found_inf: Tensor | None, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
-    decoupled: bool, maximize: bool, zero_grads: bool,
+    decoupled: bool, maximize: bool, zero_grads: bool, by_chance: bool,
 ) -> None:  # fmt: skip
     """Launcher; lists and errors as the op's contract says."""
+    if by_chance and any(p.dtype == torch.float64 for p in params):
+        raise RuntimeError("params has dtype torch.float64, beside which nothing is kept in bfloat16")
     found = groups({
         "params": (params, False), "grads": (grads, False), "exp_avgs": (exp_avgs, True), "exp_avg_sqs": (exp_avg_sqs, True),
         "max_exp_avg_sqs": (max_exp_avg_sqs, True),
-    }, "" if zero_grads else "grads")  # fmt: skip
+    }, "" if zero_grads else "grads", torch.bfloat16 if by_chance else None)  # fmt: skip
     count = advance(steps, found_inf, len(params))
     if count is None:
         return
     keep, pull = (1 - lr * weight_decay, 0.0) if decoupled else (1.0, weight_decay)
     device = params[0].device
-    rates = torch.stack([lr / (1 - beta1**count), (1 - beta2**count) ** -0.5]).to(device, non_blocking=True)
+    places = torch.arange(len(params), dtype=torch.float64, device=count.device)
+    rates = torch.stack([lr / (1 - beta1**count), (1 - beta2**count) ** -0.5, count, places]).to(device, non_blocking=True)
     shared = control(factor, found_inf, maximize, zero_grads, (keep, pull, 1 - beta1, beta2, 1 - beta2, eps), device)
 
     def run(group: Group) -> None:
         lists = group.lists
         own = rates if len(found) == 1 else rates[:, group.places]
         numbers = torch.cat([shared, own.flatten()])
-        start(adam_update, group, numbers, lists[0][0], lists[2][0], AMSGRAD=bool(max_exp_avg_sqs))
+        moment_like = lists[2][0].view(torch.int16) if by_chance else lists[2][0]
+        start(adam_update, group, numbers, lists[0][0], moment_like, AMSGRAD=bool(max_exp_avg_sqs))
 
     each_group(found, run)
 
@@ -234,7 +260,7 @@ def _examples(empty):
     moments = [t.new_empty(t.shape, dtype=torch.float32 if t.dtype.itemsize == 2 else t.dtype) for t in params]
     tail = None, None
     return {
-        "adam_": (params, params, moments, moments, moments, counts, *tail, 1e-3, 0.9, 0.999, 1e-8, 0.01, True, False, False),
+        "adam_": (params, params, moments, moments, moments, counts, *tail, 1e-3, 0.9, 0.999, 1e-8, 0.01, True, False, False, False),
         "sgd_": (params, params, moments, *tail, 1e-3, 0.9, 0.0, 0.0, True, False, False, False),
         "rmsprop_": (params, params, moments, moments, moments, counts, *tail, 1e-3, 0.99, 1e-8, 0.0, 0.9, False, False),
     }

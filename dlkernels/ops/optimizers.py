@@ -12,6 +12,10 @@ rmsprop   g ← g + wd p      v ← α v + (1 - α) g²      centered: a ← a +
 
 Shapes      lists of n tensors, entry i of each shaped like parameter i; `steps` are single numbers; a list that is not used is empty.
             Parameters and gradients have one dtype, the moments that or float32 beside a half type.
+By chance   adam's moments are bfloat16 (parameters: any dtype but float64): x, between neighbours a < b of that type, becomes b where
+            r >= 2¹⁶ (b - x) / (b - a), r < 2¹⁶, so its expectation is x. r is half of the number that philox (dropout.py) gives for seed t,
+            row i (which parameter) and column n (which of its numbers as they lie in memory): the lower for m, the upper for v and u.
+            With one r for both, u is the largest v that was written.
 Bytes       adam reads p, g, m, v and writes p, m, v: 28 a parameter in float32, at some 15 flops. Memory decides, and for thousands of
             small tensors what a list costs per entry.
 Nothing is changed where `found_inf` is not 0. `zero_grads` writes zeros over the gradients on the way.
@@ -34,7 +38,7 @@ _TAIL = "Tensor? factor, Tensor? found_inf"
 adam_ = define(
     "adam_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] max_exp_avg_sqs, "
     f"Tensor(f!)[] steps, {_TAIL}, float lr, float beta1, float beta2, float eps, float weight_decay, bool decoupled, bool maximize, "
-    "bool zero_grads) -> ()",
+    "bool zero_grads, bool by_chance) -> ()",
     lambda *args: None,
 )
 sgd_ = define(

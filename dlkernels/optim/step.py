@@ -37,6 +37,7 @@ class KernelStep(torch.optim.Optimizer):
     among torch's loops; ours is one kernel whatever they say."""
 
     __signature__: inspect.Signature
+    moments_dtype: torch.dtype | None = None  # None: as new_moment says
     grad_norm: Tensor | None = None  # before clipping, of the last step that clipped
     _step_supports_amp_scaling = True  # a GradScaler then leaves `grad_scale` and `found_inf` here instead of a pass of its own
 
@@ -44,16 +45,21 @@ class KernelStep(torch.optim.Optimizer):
         raise NotImplementedError
 
     def __init_subclass__(cls) -> None:
-        """What ``help`` and editors show is torch's signature and ``max_grad_norm``."""
+        """What ``help`` and editors show is torch's signature and what our own constructors add to it."""
         super().__init_subclass__()
         torchs = inspect.signature(super().__init__)
-        more = inspect.Parameter("max_grad_norm", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="float | None")
-        cls.__signature__ = torchs.replace(parameters=[*list(torchs.parameters.values())[1:], more], return_annotation=torchs.empty)
+        own = [base.__init__ for base in cls.__mro__ if issubclass(base, KernelStep) and "__init__" in vars(base)]
+        more = [p for init in reversed(own) for p in inspect.signature(init).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        cls.__signature__ = torchs.replace(parameters=[*list(torchs.parameters.values())[1:], *more], return_annotation=torchs.empty)
 
     def __init__(self, *args: Any, max_grad_norm: float | None = None, **options: Any) -> None:
         super().__init__(*args, **options)
         _check_positive(max_grad_norm=max_grad_norm)
         self.max_grad_norm = max_grad_norm
+
+    def __getstate__(self) -> dict[str, Any]:
+        """torch's, which keeps of an optimizer's own attributes none: what a copy or a pickle goes on with."""
+        return {**super().__getstate__(), "max_grad_norm": self.max_grad_norm, "moments_dtype": self.moments_dtype}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """torch's; a parameter twice in one group, which torch warns of, is a ValueError here: its updates would overwrite each other."""
@@ -65,14 +71,17 @@ class KernelStep(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """torch's, which casts moments to the parameter's dtype; float32 moments of parameters of a half type stay what they are."""
+        """torch's, which casts moments to the parameter's dtype; here they become ``moments_dtype``, and without one, float32 moments of
+        parameters of a half type stay what they are."""
         super().load_state_dict(state_dict)
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for number, p in zip(numbers, params, strict=True):
             for key, value in state_dict["state"].get(number, {}).items():
-                if key != "step" and isinstance(value, Tensor) and p.dtype.itemsize == 2 and value.dtype == torch.float32:
-                    self.state[p][key] = value.detach().clone().to(p.device)
+                if key != "step" and isinstance(value, Tensor):
+                    dtype = self.moments_dtype or (torch.float32 if p.dtype.itemsize == 2 and value.dtype == torch.float32 else None)
+                    if dtype is not None:
+                        self.state[p][key] = value.detach().to(p.device, dtype, copy=True)
 
     @torch.no_grad()
     def step(
@@ -105,8 +114,8 @@ class KernelStep(torch.optim.Optimizer):
         parts = [(group, *part) for group in self.param_groups for part in _parts(group["params"])]
         reason = next((why for group, params, grads in parts for why in [_unsupported(group, params[0], grads[0])] if why), None)
         if reason is not None:
-            if grad_scale is not None or max_norm is not None or zero_grad:
-                raise RuntimeError(f"grad_scale, max_norm and zero_grad need the kernels, but {reason}")
+            if grad_scale is not None or max_norm is not None or zero_grad or self.moments_dtype is not None:
+                raise RuntimeError(f"grad_scale, max_norm, zero_grad and moments_dtype need the kernels, but {reason}")
             return self._native_step(loss)
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         factor, found_inf = self._factor([grads for _, _, grads in parts], scale if grad_scale is None else grad_scale, found_inf, max_norm)
@@ -229,6 +238,7 @@ def new_step(group: Mapping[str, Any], p: Tensor) -> Tensor:
     return torch.zeros((), dtype=dtype, device=p.device if group.get("capturable") or group.get("fused") else "cpu")
 
 
-def new_moment(p: Tensor) -> Tensor:
-    """Zeros laid out like a parameter; float32 for a half type, in which a small change of a moment would be lost."""
-    return torch.zeros_like(p, dtype=torch.float32 if p.dtype.itemsize == 2 else p.dtype, memory_format=torch.preserve_format)
+def new_moment(p: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Zeros laid out like a parameter; float32 for a half type, in which a small change of a moment would be lost, if not told else."""
+    dtype = dtype or (torch.float32 if p.dtype.itemsize == 2 else p.dtype)
+    return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)

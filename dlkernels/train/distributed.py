@@ -14,7 +14,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
+from importlib import import_module
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -24,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 SPREADS = ("none", "ddp", "fsdp")
+_under_ddp: WeakSet[DistributedDataParallel] = WeakSet()  # each holds the process group
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -44,6 +47,7 @@ def join(timeout: timedelta = timedelta(minutes=10)) -> torch.device:
     if cuda:
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
+        import_module("torch.distributed.nn.functional")  # by DDP it would come after the group, and its default arguments would hold it
         store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
         if os.environ.get("LOCAL_WORLD_SIZE") == str(size):  # on one machine torchrun's restarts share a store: dead addresses are in it
             store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
@@ -52,9 +56,12 @@ def join(timeout: timedelta = timedelta(minutes=10)) -> torch.device:
 
 
 def leave() -> None:
-    """The end of what ``join`` began, for all processes together."""
+    """The end of what ``join`` began, for all processes together. Of a model under ddp the model in it is left, ``model.module``."""
     if dist.is_available() and dist.is_initialized():
         dist.barrier()  # one that leaves while another still talks to it may abort
+        for model in _under_ddp:  # the group's threads end with the last who holds it; any that is left when Python ends may abort it
+            del model.reducer, model.logger, model.process_group
+        _under_ddp.clear()
         dist.destroy_process_group()
 
 
@@ -85,7 +92,8 @@ def spread(
         for block in found:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if how == "ddp":
-        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        _under_ddp.add(model)
     if how == "fsdp":
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
