@@ -7,6 +7,8 @@
 #pragma once
 #include "math.h"
 
+namespace recurrent {
+
 // 1 / (1 + e^-x) and tanh as in math.h, but with a reciprocal: a step spends a fifth of its time here. Beyond the limit a gate is shut, so that
 // nothing comes through, not even a part of infinity; min and max return their second argument for NaN.
 template <class C> inline vec<C> gate(vec<C> x) {
@@ -79,3 +81,5 @@ template <class C, bool RELU> struct Rnn {
         else da[0] = dh * (1 - after * after);
     }
 };
+
+}  // namespace recurrent

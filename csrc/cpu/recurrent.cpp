@@ -3,6 +3,7 @@
 #include "recurrent_op.h"
 
 namespace {
+using namespace recurrent;
 
 constexpr const char* FORWARD = "recurrent_forward";
 constexpr int64_t TOKENS_AT_ONCE = 512;

@@ -13,6 +13,8 @@
 #include "cells.h"
 #include "sequences.h"
 
+namespace recurrent {
+
 // What goes from step to step, for every row of a direction; twice, as a step reads what the one before wrote.
 template <class T, class Cell> struct Carried {
     using C = compute_t<T>;
@@ -209,3 +211,5 @@ template <class T, class Cell> struct Backward {
         }
     }
 };
+
+}  // namespace recurrent

@@ -3,6 +3,7 @@
 #include "recurrent_op.h"
 
 namespace {
+using namespace recurrent;
 
 constexpr const char* BACKWARD = "recurrent_backward";
 

@@ -4,6 +4,8 @@
 
 #include "recurrent.h"
 
+namespace recurrent {
+
 enum { LSTM, GRU, RNN_TANH, RNN_RELU };
 using Tensors = std::vector<Tensor>;
 using OptionalTensor = std::optional<Tensor>;
@@ -99,3 +101,5 @@ template <class T, class Cell> std::vector<compute_t<T>> biases(const Layer& l, 
     b_hn = sum.data() + rows;
     return sum;
 }
+
+}  // namespace recurrent

@@ -5,6 +5,8 @@
 #include "product.h"
 #include "rows.h"
 
+namespace recurrent {
+
 template <class T> using step_micro = std::conditional_t<HAS_PAIR_DOT && std::is_same_v<T, bf16>, PairDot<bf16>, Fma<compute_t<T>>>;
 
 // Where tokens lie: those of a time step side by side, the longest sequence first.
@@ -93,3 +95,5 @@ template <class Micro> struct Panels {
             }
     }
 };
+
+}  // namespace recurrent
