@@ -31,8 +31,8 @@ class Device:
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel start: ``kernel[grid](*args, **constants, num_warps=warps, num_stages=stages)``. ``cooperative``: all programs run at once,
-    or the start fails, so that they may wait for one another."""
+    """One kernel start: ``kernel[grid](*args, **constants, num_warps=warps, num_stages=stages)``. ``cooperative``: all programs run
+    at once, or the start fails, so that they may wait for one another."""
 
     kernel: Any
     grid: tuple[int, ...]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -16,8 +15,7 @@ from .launch import check_tensor, device_of, launch, precision
 from .linear import run_forward
 from .recurrent_cells import CELLS, Cell
 from .recurrent_plan import plan
-from .recurrent_sweeps import APART
-from .recurrent_tiles import step_at
+from .recurrent_tiles import APART, step_at
 
 Tensors = list[Tensor]
 
@@ -101,10 +99,12 @@ class Layer:
         meets = p.name == "persistent"
         counters = self.x.new_zeros(grid[1] * grid[2] * APART.value, dtype=torch.int32) if meets else None
         stride = 1 if p.name == "steps" else steps
+        if not backward:
+            constants["ALONE"] = p.name == "whole" and p.chunks == 1
         for start in range(0, steps, stride):
             launch(
                 kernel, grid, *args, self.starts, counters, start, start + stride, self.T, self.B, self.H, self.D, GATES=self.cell.gates,
-                PRECISION=mode, BB=p.rows, BU=p.units, BK=p.depth, CHUNKS=p.chunks, RESIDENT=p.chunks > 0, ALONE=p.name == "whole",
+                PRECISION=mode, BB=p.rows, BU=p.units, BK=p.depth, CHUNKS=p.chunks, RESIDENT=p.chunks > 0,
                 warps=p.warps, stages=p.stages, cooperative=meets, **constants,
             )  # fmt: skip
 

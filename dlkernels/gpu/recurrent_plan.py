@@ -1,21 +1,28 @@
-"""How the steps of a recurrent layer are gone through on a GPU, and by tiles of which size: ``plan``, from sizes and facts alone."""
+"""How the steps of a recurrent layer are gone through on a GPU, and by tiles of which size: ``plan``, from sizes and facts alone.
+
+Nothing here is measured yet. What speaks for each: a meeting of programs costs two trips to the L2 cache, some 1 microsecond a step; a
+launch a few, without a CUDA graph some more; and a step of few sequences is so little arithmetic that either decides.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .config import BYTES, ceil_div
+from .config import BYTES, bucket, ceil_div
 from .launch import Device
 
-SLACK = 4096  # bytes of shared memory for what tiles turn into on their way between layouts
-ALONE = 128  # units that one program can have: beyond, others would idle while it multiplies
-FREE = {"half": 2, "tf32": 2, "float": 0, "double": 0}  # products on tensor cores take W_hh from shared memory; others stream it
+ROWS = 16  # the least that tensor cores multiply; sequences are few, and more programs mean less work for each
+DEPTH = {"half": 64, "tf32": 32, "float": 16, "double": 16}
+UNITS = {"half": (32, 16, 64), "tf32": (32, 16, 64), "float": (32, 64), "double": (16, 32)}  # the first that serves
+ALONE = {"half": 128, "tf32": 128, "float": 64, "double": 32}  # units that one program can have without being the slower for it
+KEEPS = ("half", "tf32")  # tensor cores take W_hh from shared memory; other products would hold all of it in registers
+SLACK = 4096  # bytes of shared memory for tiles on their way from one layout to another
 
 
 @dataclass(frozen=True)
 class Plan:
-    """``name`` as in recurrent_sweeps.py and why; sequences and units of a program, depth of a step of its product, warps, stages; into
-    how many ``chunks`` of that depth W_hh is cut where it stays in shared memory, 0 where it is streamed."""
+    """``name`` as in recurrent_sweeps.py, and the reason for it; sequences and units of a program, depth of a step of its product, warps,
+    pipeline stages; and the ``chunks`` of that depth in which W_hh stays in shared memory, 0 where it is read at every step."""
 
     name: str
     reason: str
@@ -27,35 +34,34 @@ class Plan:
     chunks: int = 0
 
 
-def power_of_two(n: int, least: int = 16) -> int:
-    return max(least, 1 << max(n - 1, 0).bit_length())
-
-
 def plan(kind: str, gates: int, D: int, B: int, H: int, device: Device, backward: bool) -> Plan:
-    """The way for ``gates`` gates of H units in D directions and B sequences; ``kind`` as config.kind_of gives it.
+    """The way for a cell of ``gates`` gates with H units, D directions and B sequences; ``kind`` as config.kind_of has it.
 
-    whole        W_hh fits one program: no meeting at all
-    persistent   all programs run at once: a meeting after each step costs a fraction of a launch
-    steps        else, a launch per step: few enough where a step is that much work; a CUDA graph makes them cheap
+    whole        the units of a layer fit one program: no meeting at all
+    persistent   several programs share a row, and all run at once: a meeting after each step costs less than a launch
+    steps        a launch per step, where a step is work enough to fill the machine; in a CUDA graph they cost little
     """
-    size, depth = BYTES[kind], 128 // BYTES[kind] // 2 if kind != "half" else 64
-    rows, K = 16, gates * H if backward else H
-    width = power_of_two(H)
-    if FREE[kind] and width <= ALONE and gates * width * width * size + rows * width * size * gates + SLACK <= device.shared:
-        reason = f"W_hh of {H} units fits one program, which has {rows} sequences to itself"
-        return Plan("whole", reason, rows, width, width, max(4, width // 16), 1, gates if backward else 1)
-    blocks = D * ceil_div(B, rows)
-    chunks = ceil_div(K, depth)
-    for units in (32, 64):
-        programs = blocks * ceil_div(H, units)
-        held = (gates * H * units + rows * depth) * size + SLACK + chunks * depth * 0
-        if programs <= device.processors and FREE[kind] and held <= device.shared:
-            reason = f"{programs} programs run at once on {device.processors} multiprocessors, each with its part of W_hh in shared memory"
-            return Plan("persistent", reason, rows, units, depth, units // 8, 1, chunks)
-    for units in (32, 64):
-        programs = blocks * ceil_div(H, units)
-        if programs <= device.processors:
-            reason = f"{programs} programs run at once on {device.processors} multiprocessors and read W_hh at every step"
-            return Plan("persistent", reason, rows, units, depth, 4, 2)
-    reason = f"{programs} programs do not run at once on {device.processors} multiprocessors"
-    return Plan("steps", reason, rows, 32, depth, 4, 2)
+    summed = gates * H if backward else H
+    row_blocks = D * ceil_div(B, ROWS)
+
+    def cut(name: str, reason: str, units: int, depth: int, keeps: bool) -> Plan:
+        return Plan(name, reason, ROWS, units, depth, max(2, units // 8), 1 if keeps else 2, ceil_div(summed, depth) if keeps else 0)
+
+    def fits(units: int, depth: int) -> bool:
+        weights, states = ceil_div(summed, depth) * depth * units * (1 if backward else gates), ROWS * max(depth, units)
+        return kind in KEEPS and (weights + states) * BYTES[kind] + SLACK <= device.shared
+
+    width = bucket(H)
+    depth = min(DEPTH[kind], width) if backward or kind not in KEEPS else width
+    if width <= ALONE[kind] and (fits(width, depth) or kind not in KEEPS):
+        return cut("whole", f"one program has all {H} units of {ROWS} sequences", width, depth, kind in KEEPS)
+    for keeps in (True, False):
+        for units in UNITS[kind]:
+            programs, depth = row_blocks * ceil_div(H, units), DEPTH[kind]
+            if programs <= device.processors and (not keeps or fits(units, depth)):
+                where = "keeps its part of W_hh in shared memory" if keeps else "reads its part of W_hh at every step"
+                reason = f"{programs} programs run at once on {device.processors} multiprocessors; each {where}"
+                return cut("persistent", reason, units, depth, keeps)
+    units = UNITS[kind][0]
+    programs = row_blocks * ceil_div(H, units)
+    return cut("steps", f"{programs} programs do not run at once on {device.processors} multiprocessors", units, DEPTH[kind], False)

@@ -7,10 +7,10 @@
            |    |    |    |    |
            +----+----+----+----+
 
-    how                counters   ALONE   launches   h' of a step, da of a step
-    whole              None       yes     1          never leaves the registers: one program has all units of its sequences
-    persistent         [blocks]   no      1          through y (da, ds), which the L2 cache holds
-    steps              None       no      T          the same; the end of a launch is the barrier
+    how          counters   launches   programs of a row   how they learn h' (da, backward)
+    whole        None       1          one                 h' never leaves its registers; da goes through the nearest cache
+    persistent   [rows]     1          several             through y (da), which the L2 cache holds
+    steps        None       T          several             the same; the end of a launch is the meeting
 
 In registers from step to step: c (or h, unrounded) and h of the program's tile, backward dh and dc; they come from memory at the start
 and go back at the end, so that any number of steps makes a launch. Sequences of a step that do not run keep theirs, so nothing else
@@ -22,9 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .recurrent_tiles import add_products, arrive, biases_of, nothing, parts_of, product, resident, step_at, store_parts, wait
-
-APART = tl.constexpr(32)  # int32 between counters: a cache line, so that programs which wait do not disturb others
+from .recurrent_tiles import add_products, arrive, biases_of, meet, nothing, one, parts_of, product, resident, step_at, store_parts
 
 
 @triton.jit
@@ -44,7 +42,7 @@ def recurrent_forward(
     ACC: tl.constexpr = state.dtype.element_ty
     inside = (b < B)[:, None] & (u < H)[None, :]
     mine, w = d * B + b, w_hh + d * GATES * H * H
-    held = resident(w, u, H, BK, H, 1, H, GATES, BK, CHUNKS) if RESIDENT else ()
+    held = resident(w, u, H, H, 1, H, GATES, BK, CHUNKS) if RESIDENT else ()
     bias = biases_of(b_hh, d * GATES * H, u, H, GATES, ACC)
     c, h = parts_of(state, mine, u, H, inside, 1, ACC)[0], parts_of(hn, mine, u, H, inside, 1, ACC)[0]
     met = 0
@@ -59,18 +57,15 @@ def recurrent_forward(
             if ALONE:
                 sums = add_products(sums, h.to(DTYPE), held, 0, PRECISION)
             else:
-                if counters is not None:
-                    wait(counters + (d * tl.num_programs(1) + tl.program_id(1)) * APART, met * tl.num_programs(0))
+                meet(counters, met)
                 before = tl.where(b < size_before, y + ((first_before + b) * D + d) * H, h0 + mine * H)
                 sums = product(sums, before, b < size, held, w, u, H, H, 1, H, PRECISION, BK, CHUNKS, RESIDENT)
             s = ()
             for g in tl.static_range(GATES):
-                s = s + (sums[g] + bias[g],)
+                s = s + one(sums[g] + bias[g])
             h_new, c_new, kept = CELL(a_tiles, s, c)
             store_parts(y, rows, u, H, running, (h_new,))
-            if counters is not None:
-                arrive(counters + (d * tl.num_programs(1) + tl.program_id(1)) * APART)
-                met += 1
+            met += arrive(counters)
             if gates is not None:
                 store_parts(gates, rows, u, H, running, kept)
             if cells is not None:
@@ -84,7 +79,7 @@ def recurrent_forward(
 def recurrent_backward(
     dy, gates, values, first_values, w_hh, dh, dc, da, ds, starts, counters, start, stop, T, B, H, D, CELL: tl.constexpr,
     GATES: tl.constexpr, KEPT: tl.constexpr, PRECISION: tl.constexpr, BB: tl.constexpr, BU: tl.constexpr, BK: tl.constexpr,
-    CHUNKS: tl.constexpr, RESIDENT: tl.constexpr, ALONE: tl.constexpr,
+    CHUNKS: tl.constexpr, RESIDENT: tl.constexpr,
 ):  # fmt: skip
     """da [N, D, GATES, H], and ds where it is not None, of the steps; dh and dc [D, B, H], from the end to the beginning, are updated
     in place. Step T has no tokens: it adds what step T - 1 sends to h0.
@@ -94,13 +89,11 @@ def recurrent_backward(
     d = tl.program_id(2).to(tl.int64)
     b = tl.program_id(1).to(tl.int64) * BB + tl.arange(0, BB)
     u = tl.program_id(0).to(tl.int64) * BU + tl.arange(0, BU)
-    DTYPE: tl.constexpr = da.dtype.element_ty
     ACC: tl.constexpr = dh.dtype.element_ty
     inside = (b < B)[:, None] & (u < H)[None, :]
     mine, w, K = d * B + b, w_hh + d * GATES * H * H, GATES * H
-    held = resident(w, u, K, H if ALONE else BK, H, H, 1, 1, BK, CHUNKS) if RESIDENT else ()
+    held = resident(w, u, K, H, H, 1, 1, BK, CHUNKS) if RESIDENT else ()
     dh_tile, dc_tile = parts_of(dh, mine, u, H, inside, 1, ACC)[0], parts_of(dc, mine, u, H, inside, 1, ACC)[0]
-    sent = nothing(BB, BU, GATES, DTYPE) if ALONE else ()
     met = 0
     for p in range(start, stop):
         t = tl.where(d == 0, T - 1 - p, p).to(tl.int64)
@@ -118,35 +111,15 @@ def recurrent_backward(
         else:
             slope = tl.zeros((BB, BU), ACC)
         if tl.program_id(1) * BB < size_done:
-            if ALONE:
-                for g in tl.static_range(GATES):
-                    dh_tile = add_products((dh_tile,), sent[g], held, g, PRECISION)[0]
-            else:
-                if counters is not None:
-                    wait(counters + (d * tl.num_programs(1) + tl.program_id(1)) * APART, met * tl.num_programs(0))
-                done = (da if ds is None else ds) + ((first_done + b) * D + d) * K
-                dh_tile = product((dh_tile,), done, b < size_done, held, w, u, K, H, H, 1, PRECISION, BK, CHUNKS, RESIDENT)[0]
+            meet(counters, met)
+            done = (da if ds is None else ds) + ((first_done + b) * D + d) * K
+            dh_tile += product(nothing(BB, BU, 1, ACC), done, b < size_done, held, w, u, K, H, H, 1, PRECISION, BK, CHUNKS, RESIDENT)[0]
         if tl.program_id(1) * BB < size:
             da_tiles, ds_tiles, dh_new, dc_new = CELL(kept, before + initial, after, dh_tile + slope, dc_tile)
             store_parts(da, rows, u, H, running, da_tiles)
             if ds is not None:
                 store_parts(ds, rows, u, H, running, ds_tiles)
-            if counters is not None:
-                arrive(counters + (d * tl.num_programs(1) + tl.program_id(1)) * APART)
-                met += 1
+            met += arrive(counters)
             dh_tile, dc_tile = tl.where(running, dh_new, dh_tile), tl.where(running, dc_new, dc_tile)
-            if ALONE:
-                sent = masked(ds_tiles, running, DTYPE)
-        elif ALONE:
-            sent = nothing(BB, BU, GATES, DTYPE)
     store_parts(dh, mine, u, H, inside, (dh_tile,))
     store_parts(dc, mine, u, H, inside, (dc_tile,))
-
-
-@triton.jit
-def masked(tiles, there, DTYPE: tl.constexpr):
-    """The tiles, zero where nothing is there."""
-    found = ()
-    for g in tl.static_range(len(tiles)):
-        found = found + (tl.where(there, tiles[g], 0.0).to(DTYPE),)
-    return found

@@ -11,15 +11,26 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+APART = tl.constexpr(32)  # int32 between counters: a cache line, so that programs which wait do not disturb others
+
 
 @triton.jit
 def step_at(starts, t, T, B):
     """First token of step t and how many it has: none where t is no step. starts [T + 1], or None where every step has B."""
     inside = (t >= 0) & (t < T)
     if starts is None:
-        return t * B, tl.where(inside, B, 0)
-    first = tl.load(starts + t, inside, other=0)
-    return first, tl.load(starts + t + 1, inside, other=0) - first
+        first = t * B
+        size = tl.where(inside, B, 0).to(tl.int64)
+    else:
+        first = tl.load(starts + t, inside, other=0)
+        size = tl.load(starts + t + 1, inside, other=0) - first
+    return first, size
+
+
+@triton.jit
+def one(tile):
+    """What is added to a tuple of tiles to have one more."""
+    return (tile,)
 
 
 @triton.jit
@@ -27,7 +38,7 @@ def parts_of(array, rows, u, H, inside, PARTS: tl.constexpr, ACC: tl.constexpr):
     """PARTS tiles [rows, u] of rows that are PARTS H long."""
     found = ()
     for g in tl.static_range(PARTS):
-        found = found + (tl.load(array + rows[:, None] * (PARTS * H) + (g * H + u)[None, :], inside, other=0.0).to(ACC),)
+        found = found + one(tl.load(array + rows[:, None] * (PARTS * H) + (g * H + u)[None, :], inside, other=0.0).to(ACC))
     return found
 
 
@@ -44,29 +55,28 @@ def biases_of(b_hh, start, u, H, PARTS: tl.constexpr, ACC: tl.constexpr):
     found = ()
     for g in tl.static_range(PARTS):
         if b_hh is None:
-            found = found + (tl.zeros((1, u.shape[0]), ACC),)
+            found = found + one(tl.zeros((1, u.shape[0]), ACC))
         else:
-            found = found + (tl.load(b_hh + start + g * H + u, u < H, other=0.0).to(ACC)[None, :],)
+            found = found + one(tl.load(b_hh + start + g * H + u, u < H, other=0.0).to(ACC)[None, :])
     return found
 
 
 @triton.jit
-def weights(w, k, u, stop, H, w_k, w_u, PARTS: tl.constexpr):
-    """A tile [k, u] of every part of W_hh, which lie H H numbers apart; zeros from k = stop on."""
-    inside = (k < stop)[:, None] & (u < H)[None, :]
+def weights(w, k, u, K, H, w_k, w_u, PARTS: tl.constexpr):
+    """A tile [k, u] of every part of W_hh, which lie H H numbers apart."""
+    inside = (k < K)[:, None] & (u < H)[None, :]
     found = ()
     for g in tl.static_range(PARTS):
-        found = found + (tl.load(w + g * H * H + k[:, None] * w_k + u[None, :] * w_u, inside, other=0.0),)
+        found = found + one(tl.load(w + g * H * H + k[:, None] * w_k + u[None, :] * w_u, inside, other=0.0))
     return found
 
 
 @triton.jit
-def resident(w, u, K, STEP, H, w_k, w_u, PARTS: tl.constexpr, BK: tl.constexpr, CHUNKS: tl.constexpr):
-    """The tiles of all k < K, STEP of them in each of the CHUNKS."""
+def resident(w, u, K, H, w_k, w_u, PARTS: tl.constexpr, BK: tl.constexpr, CHUNKS: tl.constexpr):
+    """The tiles of all k < K, BK of them in each of the CHUNKS."""
     found = ()
     for j in tl.static_range(CHUNKS):
-        k = j * STEP + tl.arange(0, BK)
-        found = found + weights(w, k, u, tl.minimum(j * STEP + STEP, K), H, w_k, w_u, PARTS)
+        found = found + weights(w, j * BK + tl.arange(0, BK), u, K, H, w_k, w_u, PARTS)
     return found
 
 
@@ -75,7 +85,7 @@ def nothing(BB: tl.constexpr, BU: tl.constexpr, PARTS: tl.constexpr, DTYPE: tl.c
     """PARTS tiles of zeros."""
     found = ()
     for _ in tl.static_range(PARTS):
-        found = found + (tl.zeros((BB, BU), DTYPE),)
+        found = found + one(tl.zeros((BB, BU), DTYPE))
     return found
 
 
@@ -84,8 +94,7 @@ def add_products(sums, left, tiles, FIRST: tl.constexpr, PRECISION: tl.constexpr
     """sums[g] + left · tiles[FIRST + g] for every part."""
     found = ()
     for g in tl.static_range(len(sums)):
-        acc: tl.constexpr = sums[g].dtype
-        found = found + (tl.dot(left, tiles[FIRST + g], sums[g], input_precision=PRECISION, out_dtype=acc),)
+        found = found + one(tl.dot(left, tiles[FIRST + g], sums[g], input_precision=PRECISION, out_dtype=sums[g].dtype))
     return found
 
 
@@ -108,14 +117,23 @@ def product(
 
 
 @triton.jit
-def arrive(counter):
-    """This program has written its units of the step."""
-    tl.debug_barrier()  # one thread adds, and what all have stored must come before
-    tl.atomic_add(counter, 1, sem="release")
+def counter_of(counters):
+    """That of the programs which share this one's sequences and direction."""
+    return counters + (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * APART
 
 
 @triton.jit
-def wait(counter, count):
-    """Until ``count`` programs have arrived; what they wrote before can be read after."""
-    while tl.atomic_add(counter, 0, sem="acquire") < count:
-        pass
+def arrive(counters):
+    """This program has written its units of one more step: 1. None: it is alone, or the launch ends here."""
+    tl.debug_barrier()  # one thread counts, and what all have stored must come before
+    if counters is not None:
+        tl.atomic_add(counter_of(counters), 1, sem="release")
+    return 1
+
+
+@triton.jit
+def meet(counters, met):
+    """Wait until all programs that share the sequences have arrived ``met`` times; then what they wrote before can be read."""
+    if counters is not None:
+        while tl.atomic_add(counter_of(counters), 0, sem="acquire") < met * tl.num_programs(0):
+            pass
