@@ -11,6 +11,8 @@ da, the gradient of a, and ds, that of W_hh h' + b_hh, are one but in a GRU. The
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -121,4 +123,16 @@ def _widened(d: Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(like, dtype=dtype) if d is None else d.contiguous().to(dtype, copy=True)
 
 
+def _example(empty: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensors]:
+    """x, h0, c0 and weights of an LSTM: 16 steps of 64 sequences, 128 numbers a token, 256 units."""
+    return empty(1024, 128), empty(1, 64, 256), empty(1, 64, 256), [empty(1024, 128), empty(1024, 256), empty(1024), empty(1024)]
+
+
 IMPLEMENTATIONS = {"recurrent_forward": forward, "recurrent_backward": backward}
+EXAMPLES = {
+    "recurrent_forward": lambda empty: (*_example(empty), None, 0, True, True),
+    "recurrent_backward": lambda empty: (
+        empty(1024, 256), None, None, *_example(empty), None, empty(1024, 256), empty(1024, 1, 4, 256).float(),
+        empty(1024, 1, 256).float(), 0, True, True,
+    ),
+}  # fmt: skip

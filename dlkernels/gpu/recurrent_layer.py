@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import gcd
 
 import torch
 import triton
@@ -98,13 +99,14 @@ class Layer:
         grid = ceil_div(self.H, p.units), ceil_div(self.B, p.rows), self.D
         meets = p.name == "persistent"
         counters = self.x.new_zeros(grid[1] * grid[2] * APART.value, dtype=torch.int32) if meets else None
+        align = gcd(self.H, 16)
         stride = 1 if p.name == "steps" else steps
         if not backward:
             constants["ALONE"] = p.name == "whole" and p.chunks == 1
         for start in range(0, steps, stride):
             launch(
-                kernel, grid, *args, self.starts, counters, start, start + stride, self.T, self.B, self.H, self.D, GATES=self.cell.gates,
-                PRECISION=mode, BB=p.rows, BU=p.units, BK=p.depth, CHUNKS=p.chunks, RESIDENT=p.chunks > 0,
+                kernel, grid, *args, self.starts, counters, start, start + stride, self.T, self.B, self.H // align, self.D,
+                GATES=self.cell.gates, PRECISION=mode, ALIGN=align, BB=p.rows, BU=p.units, BK=p.depth, CHUNKS=p.chunks, RESIDENT=p.chunks > 0,
                 warps=p.warps, stages=p.stages, cooperative=meets, **constants,
             )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """How the steps of a recurrent layer are gone through on a GPU, and by tiles of which size: ``plan``, from sizes and facts alone.
 
-Nothing here is measured yet. What speaks for each: a meeting of programs costs two trips to the L2 cache, some 1 microsecond a step; a
-launch a few, without a CUDA graph some more; and a step of few sequences is so little arithmetic that either decides.
+The reasoning behind it is not a measurement: a meeting of programs costs two trips to the L2 cache, about a microsecond a step; a launch
+costs several, without a CUDA graph; and a step of few sequences is so little arithmetic that either decides.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from .config import BYTES, bucket, ceil_div
 from .launch import Device
 
-ROWS = 16  # the least that tensor cores multiply; sequences are few, and more programs mean less work for each
-DEPTH = {"half": 64, "tf32": 32, "float": 16, "double": 16}
-UNITS = {"half": (32, 16, 64), "tf32": (32, 16, 64), "float": (32, 64), "double": (16, 32)}  # the first that serves
-ALONE = {"half": 128, "tf32": 128, "float": 64, "double": 32}  # units that one program can have without being the slower for it
-KEEPS = ("half", "tf32")  # tensor cores take W_hh from shared memory; other products would hold all of it in registers
+ROWS = 16  # the least that tensor cores multiply: sequences are few, and more programs mean less work for each
+UNITS = {"half": (32, 16, 64), "tf32": (32, 16, 64), "float": (32, 64), "double": (32,)}  # the first that serves
+ALONE = {"half": 128, "tf32": 128, "float": 64, "double": 32}  # units that one program can have and be no slower for it
+KEPT = {"half": 128, "tf32": 64}  # depth of the tiles of W_hh in shared memory: only tensor cores take it from there
+READ = {"half": 64, "tf32": 32, "float": 16, "double": 16}  # depth where it is read at every step
+STEP = {"half": (64, 32, 8), "tf32": (64, 32, 8), "float": (32, 32, 8), "double": (16, 32, 8)}  # rows, units, warps of a launch per step
 SLACK = 4096  # bytes of shared memory for tiles on their way from one layout to another
 
 
@@ -41,27 +42,29 @@ def plan(kind: str, gates: int, D: int, B: int, H: int, device: Device, backward
     persistent   several programs share a row, and all run at once: a meeting after each step costs less than a launch
     steps        a launch per step, where a step is work enough to fill the machine; in a CUDA graph they cost little
     """
-    summed = gates * H if backward else H
-    row_blocks = D * ceil_div(B, ROWS)
-
-    def cut(name: str, reason: str, units: int, depth: int, keeps: bool) -> Plan:
-        return Plan(name, reason, ROWS, units, depth, max(2, units // 8), 1 if keeps else 2, ceil_div(summed, depth) if keeps else 0)
+    parts, summed = (1, gates * H) if backward else (gates, H)
+    kept = KEPT.get(kind, 0)
 
     def fits(units: int, depth: int) -> bool:
-        weights, states = ceil_div(summed, depth) * depth * units * (1 if backward else gates), ROWS * max(depth, units)
-        return kind in KEEPS and (weights + states) * BYTES[kind] + SLACK <= device.shared
+        numbers = ceil_div(summed, depth) * depth * units * parts + ROWS * max(depth, units)
+        return numbers * BYTES[kind] + SLACK <= device.shared
+
+    def cut(name: str, reason: str, units: int, depth: int, keeps: bool) -> Plan:
+        warps = 8 if kind == "double" else max(units // 8, 2 if kept else 4)  # a tensor core's tile is 8 units wide
+        return Plan(name, reason, ROWS, units, depth, warps, 1 if keeps else 2, ceil_div(summed, depth) if keeps else 0)
 
     width = bucket(H)
-    depth = min(DEPTH[kind], width) if backward or kind not in KEEPS else width
-    if width <= ALONE[kind] and (fits(width, depth) or kind not in KEEPS):
-        return cut("whole", f"one program has all {H} units of {ROWS} sequences", width, depth, kind in KEEPS)
-    for keeps in (True, False):
+    depth = width if kept and not backward else min(kept or READ[kind], width)
+    if width <= ALONE[kind] and (not kept or fits(width, depth)):
+        return cut("whole", f"one program has all {H} units of {ROWS} sequences", width, depth, kept > 0)
+    for keeps in (True, False) if kept else (False,):
         for units in UNITS[kind]:
-            programs, depth = row_blocks * ceil_div(H, units), DEPTH[kind]
-            if programs <= device.processors and (not keeps or fits(units, depth)):
+            programs = D * ceil_div(B, ROWS) * ceil_div(H, units)
+            if programs <= device.processors and (not keeps or fits(units, kept)):
                 where = "keeps its part of W_hh in shared memory" if keeps else "reads its part of W_hh at every step"
                 reason = f"{programs} programs run at once on {device.processors} multiprocessors; each {where}"
-                return cut("persistent", reason, units, depth, keeps)
-    units = UNITS[kind][0]
-    programs = row_blocks * ceil_div(H, units)
-    return cut("steps", f"{programs} programs do not run at once on {device.processors} multiprocessors", units, DEPTH[kind], False)
+                return cut("persistent", reason, units, kept if keeps else READ[kind], keeps)
+    rows, units, warps = STEP[kind]
+    programs = D * ceil_div(B, ROWS) * ceil_div(H, UNITS[kind][-1])
+    reason = f"{programs} programs do not run at once on {device.processors} multiprocessors"
+    return Plan("steps", reason, rows, units, READ[kind], warps, 2)

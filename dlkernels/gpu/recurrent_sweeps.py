@@ -27,14 +27,15 @@ from .recurrent_tiles import add_products, arrive, biases_of, meet, nothing, one
 
 @triton.jit
 def recurrent_forward(
-    a, h0, w_hh, b_hh, state, hn, y, gates, cells, starts, counters, start, stop, T, B, H, D, CELL: tl.constexpr, GATES: tl.constexpr,
-    PRECISION: tl.constexpr, BB: tl.constexpr, BU: tl.constexpr, BK: tl.constexpr, CHUNKS: tl.constexpr, RESIDENT: tl.constexpr,
-    ALONE: tl.constexpr,
+    a, h0, w_hh, b_hh, state, hn, y, gates, cells, starts, counters, start, stop, T, B, SHARE, D, CELL: tl.constexpr, GATES: tl.constexpr,
+    PRECISION: tl.constexpr, ALIGN: tl.constexpr, BB: tl.constexpr, BU: tl.constexpr, BK: tl.constexpr, CHUNKS: tl.constexpr,
+    RESIDENT: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
     """y, and gates and cells where they are not None, of the steps; state [D, B, H] (c of an LSTM, else h) and hn are updated in place.
 
     a [N, D, GATES, H], W_ih x + b_ih, may be the memory of gates. w_hh [D, GATES H, H]; b_hh [D, GATES H] or None.
     """
+    H = SHARE * ALIGN  # so that the compiler knows what divides H, and reads that many numbers at once
     d = tl.program_id(2).to(tl.int64)
     b = tl.program_id(1).to(tl.int64) * BB + tl.arange(0, BB)
     u = tl.program_id(0).to(tl.int64) * BU + tl.arange(0, BU)
@@ -77,15 +78,16 @@ def recurrent_forward(
 
 @triton.jit
 def recurrent_backward(
-    dy, gates, values, first_values, w_hh, dh, dc, da, ds, starts, counters, start, stop, T, B, H, D, CELL: tl.constexpr,
-    GATES: tl.constexpr, KEPT: tl.constexpr, PRECISION: tl.constexpr, BB: tl.constexpr, BU: tl.constexpr, BK: tl.constexpr,
-    CHUNKS: tl.constexpr, RESIDENT: tl.constexpr,
+    dy, gates, values, first_values, w_hh, dh, dc, da, ds, starts, counters, start, stop, T, B, SHARE, D, CELL: tl.constexpr,
+    GATES: tl.constexpr, KEPT: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr, BB: tl.constexpr, BU: tl.constexpr,
+    BK: tl.constexpr, CHUNKS: tl.constexpr, RESIDENT: tl.constexpr,
 ):  # fmt: skip
     """da [N, D, GATES, H], and ds where it is not None, of the steps; dh and dc [D, B, H], from the end to the beginning, are updated
     in place. Step T has no tokens: it adds what step T - 1 sends to h0.
 
     values [N, D, H] and first_values [D, B, H]: c of an LSTM, else h, after and before the tokens. dy may be None.
     """
+    H = SHARE * ALIGN  # so that the compiler knows what divides H, and reads that many numbers at once
     d = tl.program_id(2).to(tl.int64)
     b = tl.program_id(1).to(tl.int64) * BB + tl.arange(0, BB)
     u = tl.program_id(0).to(tl.int64) * BU + tl.arange(0, BU)
