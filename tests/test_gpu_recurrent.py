@@ -122,9 +122,9 @@ def test_every_way_gives_the_same(name: str, chunks: int, mode: Mode, monkeypatc
 
     alone = name != "steps"
 
-    def forced(kind: str, gates: int, D: int, B: int, H: int, device: Any, backward: bool) -> Plan:
+    def forced(kind: str, gates: int, D: int, B: int, H: int, device: Any) -> Plan:
         depth = 32 if name == "whole" and chunks else 16
-        return Plan(name, "", 16, 32 if alone else 16, depth, 4, 1, chunks and -(-(gates * H if backward else H) // depth))
+        return Plan(name, "", 16, 32 if alone else 16, depth, 4, 1, chunks and -(-H // depth))
 
     monkeypatch.setattr(recurrent_layer, "plan", forced)
     several = name != "persistent" or DEVICE == "cuda"
@@ -244,11 +244,10 @@ def test_the_plan(target: str, kind: str, D: int, B: int, H: int, wanted: tuple[
     from dlkernels.gpu.recurrent_plan import plan
 
     device = aot.TARGETS[target].device
-    p = plan(kind, 4, D, B, H, device, False)
+    p = plan(kind, 4, D, B, H, device)
     assert (p.name, p.units, p.chunks > 0) == wanted, p
     programs = D * config.ceil_div(B, p.rows) * config.ceil_div(H, p.units)
     assert p.name != "persistent" or (programs <= device.processors and str(programs) in p.reason)
-    assert p.name == "persistent" or plan(kind, 4, D, B, H, device, True).name == p.name
 
 
 @compiles

@@ -95,7 +95,7 @@ class Layer:
     def sweep(self, kernel, args: tuple[Tensor | None, ...], backward: bool, **constants) -> None:
         """Launch ``kernel`` as the plan says; it takes T steps forward and T + 1 backward."""
         mode, steps = precision(self.x.dtype), self.T + backward
-        p = plan(kind_of(self.x.dtype, mode), self.cell.gates, self.D, self.B, self.H, device_of(self.x), backward)
+        p = plan(kind_of(self.x.dtype, mode), self.cell.gates, self.D, self.B, self.H, device_of(self.x))
         grid = ceil_div(self.H, p.units), ceil_div(self.B, p.rows), self.D
         meets = p.name == "persistent"
         counters = self.x.new_zeros(grid[1] * grid[2] * APART.value, dtype=torch.int32) if meets else None
@@ -106,8 +106,8 @@ class Layer:
         for start in range(0, steps, stride):
             launch(
                 kernel, grid, *args, self.starts, counters, start, start + stride, self.T, self.B, self.H // align, self.D,
-                GATES=self.cell.gates, PRECISION=mode, ALIGN=align, BB=p.rows, BU=p.units, BK=p.depth, CHUNKS=p.chunks, RESIDENT=p.chunks > 0,
-                warps=p.warps, stages=p.stages, cooperative=meets, **constants,
+                GATES=self.cell.gates, PRECISION=mode, ALIGN=align, BB=p.rows, BU=p.units, BK=p.depth, CHUNKS=p.chunks,
+                RESIDENT=p.chunks > 0, warps=p.warps, stages=p.stages, cooperative=meets, **constants,
             )  # fmt: skip
 
 

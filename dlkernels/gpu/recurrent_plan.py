@@ -13,9 +13,10 @@ from .launch import Device
 
 ROWS = 16  # the least that tensor cores multiply: sequences are few, and more programs mean less work for each
 UNITS = {"half": (32, 16, 64), "tf32": (32, 16, 64), "float": (32, 64), "double": (32,)}  # the first that serves
-ALONE = {"half": 128, "tf32": 128, "float": 64, "double": 32}  # units that one program can have and be no slower for it
+ALONE = 128  # units that one program can have and be no slower for it,
+ALONE_READING = {"half": 32, "tf32": 32, "float": 64, "double": 32}  # and where W_hh is read at every step
 KEPT = {"half": 128, "tf32": 64}  # depth of the tiles of W_hh in shared memory: only tensor cores take it from there
-READ = {"half": 64, "tf32": 32, "float": 16, "double": 16}  # depth where it is read at every step
+READ = {"half": 32, "tf32": 32, "float": 16, "double": 16}  # depth where it is read at every step
 STEP = {"half": (64, 32, 8), "tf32": (64, 32, 8), "float": (32, 32, 8), "double": (16, 32, 8)}  # rows, units, warps of a launch per step
 SLACK = 4096  # bytes of shared memory for tiles on their way from one layout to another
 
@@ -35,27 +36,26 @@ class Plan:
     chunks: int = 0
 
 
-def plan(kind: str, gates: int, D: int, B: int, H: int, device: Device, backward: bool) -> Plan:
+def plan(kind: str, gates: int, D: int, B: int, H: int, device: Device) -> Plan:
     """The way for a cell of ``gates`` gates with H units, D directions and B sequences; ``kind`` as config.kind_of has it.
 
     whole        the units of a layer fit one program: no meeting at all
     persistent   several programs share a row, and all run at once: a meeting after each step costs less than a launch
     steps        a launch per step, where a step is work enough to fill the machine; in a CUDA graph they cost little
     """
-    parts, summed = (1, gates * H) if backward else (gates, H)
-    kept = KEPT.get(kind, 0)
+    kept = 0 if H % 2 else KEPT.get(kind, 0)  # odd rows are read number by number, whose addresses take the registers of a large tile
 
     def fits(units: int, depth: int) -> bool:
-        numbers = ceil_div(summed, depth) * depth * units * parts + ROWS * max(depth, units)
+        numbers = ceil_div(H, depth) * depth * units * gates + ROWS * max(depth, units)
         return numbers * BYTES[kind] + SLACK <= device.shared
 
     def cut(name: str, reason: str, units: int, depth: int, keeps: bool) -> Plan:
         warps = 8 if kind == "double" else max(units // 8, 2 if kept else 4)  # a tensor core's tile is 8 units wide
-        return Plan(name, reason, ROWS, units, depth, warps, 1 if keeps else 2, ceil_div(summed, depth) if keeps else 0)
+        return Plan(name, reason, ROWS, units, depth, warps, 1 if keeps else 2, ceil_div(H, depth) if keeps else 0)
 
     width = bucket(H)
-    depth = width if kept and not backward else min(kept or READ[kind], width)
-    if width <= ALONE[kind] and (not kept or fits(width, depth)):
+    depth = width if kept else READ[kind]
+    if fits(width, depth) and width <= ALONE if kept else width <= ALONE_READING[kind]:
         return cut("whole", f"one program has all {H} units of {ROWS} sequences", width, depth, kept > 0)
     for keeps in (True, False) if kept else (False,):
         for units in UNITS[kind]:

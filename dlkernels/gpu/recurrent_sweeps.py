@@ -22,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .recurrent_tiles import add_products, arrive, biases_of, meet, nothing, one, parts_of, product, resident, step_at, store_parts
+from .recurrent_tiles import arrive, biases_of, meet, nothing, one, parts_of, products, resident, step_at, store_parts, times
 
 
 @triton.jit
@@ -43,7 +43,7 @@ def recurrent_forward(
     ACC: tl.constexpr = state.dtype.element_ty
     inside = (b < B)[:, None] & (u < H)[None, :]
     mine, w = d * B + b, w_hh + d * GATES * H * H
-    held = resident(w, u, H, H, 1, H, GATES, BK, CHUNKS) if RESIDENT else ()
+    held = resident(w, u, H, 1, H, GATES, BK, CHUNKS) if RESIDENT else ()
     bias = biases_of(b_hh, d * GATES * H, u, H, GATES, ACC)
     c, h = parts_of(state, mine, u, H, inside, 1, ACC)[0], parts_of(hn, mine, u, H, inside, 1, ACC)[0]
     met = 0
@@ -56,11 +56,11 @@ def recurrent_forward(
             a_tiles = parts_of(a, rows, u, H, running, GATES, ACC)
             sums = nothing(BB, BU, GATES, ACC)
             if ALONE:
-                sums = add_products(sums, h.to(DTYPE), held, 0, PRECISION)
+                sums = times(h.to(DTYPE), held, sums, PRECISION)
             else:
                 meet(counters, met)
                 before = tl.where(b < size_before, y + ((first_before + b) * D + d) * H, h0 + mine * H)
-                sums = product(sums, before, b < size, held, w, u, H, H, 1, H, PRECISION, BK, CHUNKS, RESIDENT)
+                sums = products(sums, before, b < size, held, w, u, H, 1, H, PRECISION, BK, CHUNKS, RESIDENT, False)
             s = ()
             for g in tl.static_range(GATES):
                 s = s + one(sums[g] + bias[g])
@@ -93,8 +93,8 @@ def recurrent_backward(
     u = tl.program_id(0).to(tl.int64) * BU + tl.arange(0, BU)
     ACC: tl.constexpr = dh.dtype.element_ty
     inside = (b < B)[:, None] & (u < H)[None, :]
-    mine, w, K = d * B + b, w_hh + d * GATES * H * H, GATES * H
-    held = resident(w, u, K, H, H, 1, 1, BK, CHUNKS) if RESIDENT else ()
+    mine, w = d * B + b, w_hh + d * GATES * H * H
+    held = resident(w, u, H, H, 1, GATES, BK, CHUNKS) if RESIDENT else ()
     dh_tile, dc_tile = parts_of(dh, mine, u, H, inside, 1, ACC)[0], parts_of(dc, mine, u, H, inside, 1, ACC)[0]
     met = 0
     for p in range(start, stop):
@@ -114,8 +114,11 @@ def recurrent_backward(
             slope = tl.zeros((BB, BU), ACC)
         if tl.program_id(1) * BB < size_done:
             meet(counters, met)
-            done = (da if ds is None else ds) + ((first_done + b) * D + d) * K
-            dh_tile += product(nothing(BB, BU, 1, ACC), done, b < size_done, held, w, u, K, H, H, 1, PRECISION, BK, CHUNKS, RESIDENT)[0]
+            done = (da if ds is None else ds) + ((first_done + b) * D + d) * GATES * H
+            sums = nothing(BB, BU, GATES, ACC)
+            sums = products(sums, done, b < size_done, held, w, u, H, H, 1, PRECISION, BK, CHUNKS, RESIDENT, True)
+            for g in tl.static_range(GATES):
+                dh_tile += sums[g]
         if tl.program_id(1) * BB < size:
             da_tiles, ds_tiles, dh_new, dc_new = CELL(kept, before + initial, after, dh_tile + slope, dc_tile)
             store_parts(da, rows, u, H, running, da_tiles)

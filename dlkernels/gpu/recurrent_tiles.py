@@ -62,9 +62,9 @@ def biases_of(b_hh, start, u, H, PARTS: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def weights(w, k, u, K, H, w_k, w_u, PARTS: tl.constexpr):
-    """A tile [k, u] of every part of W_hh, which lie H H numbers apart."""
-    inside = (k < K)[:, None] & (u < H)[None, :]
+def weights(w, k, u, H, w_k, w_u, PARTS: tl.constexpr):
+    """A tile [k, u] of the part of W_hh that each gate has."""
+    inside = (k < H)[:, None] & (u < H)[None, :]
     found = ()
     for g in tl.static_range(PARTS):
         found = found + one(tl.load(w + g * H * H + k[:, None] * w_k + u[None, :] * w_u, inside, other=0.0))
@@ -72,11 +72,11 @@ def weights(w, k, u, K, H, w_k, w_u, PARTS: tl.constexpr):
 
 
 @triton.jit
-def resident(w, u, K, H, w_k, w_u, PARTS: tl.constexpr, BK: tl.constexpr, CHUNKS: tl.constexpr):
-    """The tiles of all k < K, BK of them in each of the CHUNKS."""
+def resident(w, u, H, w_k, w_u, PARTS: tl.constexpr, BK: tl.constexpr, CHUNKS: tl.constexpr):
+    """The tiles of all k, BK of them in each of the CHUNKS."""
     found = ()
     for j in tl.static_range(CHUNKS):
-        found = found + weights(w, j * BK + tl.arange(0, BK), u, K, H, w_k, w_u, PARTS)
+        found = found + weights(w, j * BK + tl.arange(0, BK), u, H, w_k, w_u, PARTS)
     return found
 
 
@@ -90,29 +90,43 @@ def nothing(BB: tl.constexpr, BU: tl.constexpr, PARTS: tl.constexpr, DTYPE: tl.c
 
 
 @triton.jit
-def add_products(sums, left, tiles, FIRST: tl.constexpr, PRECISION: tl.constexpr):
-    """sums[g] + left · tiles[FIRST + g] for every part."""
+def times(left, tiles, sums, PRECISION: tl.constexpr):
+    """sums[g] + left · tiles[g] of every gate."""
     found = ()
     for g in tl.static_range(len(sums)):
+        found = found + one(tl.dot(left, tiles[g], sums[g], input_precision=PRECISION, out_dtype=sums[g].dtype))
+    return found
+
+
+@triton.jit
+def add_products(sums, rows, there, k, tiles, FIRST: tl.constexpr, H, PRECISION: tl.constexpr, OWN: tl.constexpr):
+    """sums[g][b, u] + Σ_k rows[b][k] tiles[FIRST + g][k, u] of every gate; OWN: each has k of its own, H further on in the rows.
+
+    Other programs have written the rows, so they are read past the L1 cache.
+    """
+    inside = there[:, None] & (k < H)[None, :]
+    left = tl.load(rows[:, None] + k[None, :], inside, other=0.0, cache_modifier=".cg")
+    found = ()
+    for g in tl.static_range(len(sums)):
+        if OWN and g > 0:
+            left = tl.load(rows[:, None] + (g * H + k)[None, :], inside, other=0.0, cache_modifier=".cg")
         found = found + one(tl.dot(left, tiles[FIRST + g], sums[g], input_precision=PRECISION, out_dtype=sums[g].dtype))
     return found
 
 
 @triton.jit
-def product(
-    sums, rows, there, held, w, u, K, H, w_k, w_u, PRECISION: tl.constexpr, BK: tl.constexpr, CHUNKS: tl.constexpr, RESIDENT: tl.constexpr
-):
-    """sums[g][b, u] + Σ_k rows[b][k] W[g][k, u], where other programs have written the rows: they are read past the L1 cache."""
+def products(
+    sums, rows, there, held, w, u, H, w_k, w_u, PRECISION: tl.constexpr, BK: tl.constexpr, CHUNKS: tl.constexpr, RESIDENT: tl.constexpr,
+    OWN: tl.constexpr,
+):  # fmt: skip
+    """``add_products`` over all k. Every gate has a sum of its own, in the backward too: a product waits for the one before in its sum."""
     if RESIDENT:
         for j in tl.static_range(CHUNKS):
-            k = j * BK + tl.arange(0, BK)
-            left = tl.load(rows[:, None] + k[None, :], there[:, None] & (k < K)[None, :], other=0.0, cache_modifier=".cg")
-            sums = add_products(sums, left, held, j * len(sums), PRECISION)
+            sums = add_products(sums, rows, there, j * BK + tl.arange(0, BK), held, j * len(sums), H, PRECISION, OWN)
     else:
-        for start in range(0, K, BK):
+        for start in range(0, H, BK):
             k = start + tl.arange(0, BK)
-            left = tl.load(rows[:, None] + k[None, :], there[:, None] & (k < K)[None, :], other=0.0, cache_modifier=".cg")
-            sums = add_products(sums, left, weights(w, k, u, K, H, w_k, w_u, len(sums)), 0, PRECISION)
+            sums = add_products(sums, rows, there, k, weights(w, k, u, H, w_k, w_u, len(sums)), 0, H, PRECISION, OWN)
     return sums
 
 
