@@ -6,6 +6,7 @@ The interpreter runs programs one after the other, so there several cannot meet;
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -66,22 +67,33 @@ CASES = {
 }
 
 
-def ours(mode: Mode, args: dict[str, Any], dys: list[Tensor], keep: bool = True) -> list[Tensor]:
-    """y, hn, cn, then the gradients of x, h0, c0 and the weights."""
+def forward(mode: Mode, args: dict[str, Any], keep_gates: bool = True, keep_cells: bool = True) -> Any:
     from dlkernels.gpu import recurrent
 
-    y, hn, cn, gates, cells = recurrent.forward(*args.values(), mode.code, keep, True)
+    return recurrent.forward(**args, mode=mode.code, keep_gates=keep_gates, keep_cells=keep_cells)
+
+
+def backward(mode: Mode, slopes: list[Any], args: dict[str, Any], kept: list[Any], need_dx: bool = True, need_dweights: bool = True) -> Any:
+    """``slopes``: dy, dhn, dcn; ``kept``: y, gates, cells."""
+    from dlkernels.gpu import recurrent
+
+    given = dict(zip(("dy", "dhn", "dcn", "y", "gates", "cells"), (*slopes, *kept), strict=True))
+    return recurrent.backward(**given, **args, mode=mode.code, need_dx=need_dx, need_dweights=need_dweights)
+
+
+def ours(mode: Mode, args: dict[str, Any], dys: list[Tensor], keep: bool = True) -> list[Tensor]:
+    """y, hn, cn, then the gradients of x, h0, c0 and the weights."""
+    y, hn, cn, gates, cells = forward(mode, args, keep)
     assert (gates is None) == (not keep or not mode.kept) and (cells is None) == (not mode.has_cell)
-    slopes = [*dys, None][:3]
-    dx, dh0, dc0, dweights = recurrent.backward(*slopes, *args.values(), y, gates, cells, mode.code, True, True)
+    dx, dh0, dc0, dweights = backward(mode, [*dys, None][:3], args, [y, gates, cells])
     return [t for t in (y, hn, cn, dx, dh0, dc0, *dweights) if t is not None]
 
 
 def exact(mode: Mode, args: dict[str, Any], dys: list[Tensor]) -> list[Tensor]:
     """The same in float64, of the definition."""
     x, h0, c0, weights, sizes = args.values()
-    inputs = [None if t is None else t.double().requires_grad_() for t in (x, h0, c0, *weights)]
-    ys = definition(*inputs[:3], sizes, mode, None, *inputs[3:])
+    inputs: list[Any] = [None if t is None else t.double().requires_grad_() for t in (x, h0, c0, *weights)]
+    ys = definition(inputs[0], inputs[1], inputs[2], sizes, mode, None, *inputs[3:])
     found = torch.autograd.grad(ys, [t for t in inputs if t is not None], [d.double() for d in dys])
     return [*(y.detach() for y in ys), *found]
 
@@ -129,34 +141,28 @@ def test_every_way_gives_the_same(name: str, chunks: int, mode: Mode, monkeypatc
     monkeypatch.setattr(recurrent_layer, "plan", forced)
     several = name != "persistent" or DEVICE == "cuda"
     B = 17 if several else 4
-    check(mode, Case(B, 3, 21, 1 + several, sizes=[B, B, 3]), torch.float64)
+    check(mode, Case(B, 3, 21, 1 + several, sizes=[B, 3]), torch.float64)
 
 
 @here
-def test_only_what_is_needed() -> None:
-    from dlkernels.gpu import recurrent
-
-    for mode in (LSTM, GRU):
-        args = DENSE.tensors(mode, torch.float64)
-        y, _, _, gates, cells = recurrent.forward(*args.values(), mode.code, True, True)
-        kept = (*args.values(), y, gates, cells, mode.code)
-        dy, dhn = torch.randn_like(y), torch.randn_like(args["h0"])
-        whole = recurrent.backward(dy, None, None, *kept, True, True)
-        dx, dh0, _, dweights = recurrent.backward(dy, None, None, *kept, False, False)
-        assert dx is None and dweights == [] and torch.equal(dh0, whole[1])
-        zeros = torch.zeros_like(y), torch.zeros_like(dhn), torch.zeros_like(dhn) if mode.has_cell else None
-        none = recurrent.backward(None, dhn, None, *kept, True, True)
-        for a, b in zip(none, recurrent.backward(zeros[0], dhn, zeros[2], *kept, True, True), strict=True):
-            torch.testing.assert_close(a, b, rtol=0, atol=0)
-        y_only = recurrent.forward(*args.values(), mode.code, False, False)
-        assert torch.equal(y_only[0], y) and y_only[3] is None and y_only[4] is None
+@pytest.mark.parametrize("mode", (LSTM, GRU), ids=lambda mode: mode.name)
+def test_only_what_is_needed(mode: Mode) -> None:
+    args = Case(2, 3, 5, T=2).tensors(mode, torch.float64)
+    y, _, _, gates, cells = forward(mode, args)
+    bare = forward(mode, args, False, False)
+    assert torch.equal(bare[0], y) and bare[3] is None and bare[4] is None
+    kept, dy, dhn = [y, gates, cells], torch.randn_like(y), torch.randn_like(args["h0"])
+    dx, dh0, _, dweights = backward(mode, [dy, None, None], args, kept, False, False)
+    assert dx is None and dweights == [] and torch.equal(dh0, backward(mode, [dy, None, None], args, kept)[1])
+    zeros = [torch.zeros_like(dy), dhn, torch.zeros_like(dhn) if mode.has_cell else None]
+    torch.testing.assert_close(backward(mode, [None, dhn, None], args, kept), backward(mode, zeros, args, kept), rtol=0, atol=0)
 
 
 @here
 def test_strides_and_bits() -> None:
     """Arguments with gaps give the same bits, and so does a second run."""
-    args = PACKED.tensors(LSTM, torch.float32)
-    dys = [torch.randn(shape).to(DEVICE) for shape in ((len(args["x"]), 12), (2, 18, 6), (2, 18, 6))]
+    args = Case(3, 2, 5, 2, sizes=[3, 3, 2]).tensors(LSTM, torch.float32)
+    dys = [torch.randn(shape).to(DEVICE) for shape in ((8, 10), (2, 3, 5), (2, 3, 5))]
     first = ours(LSTM, args, dys)
 
     def apart(t: Tensor) -> Tensor:
@@ -170,16 +176,9 @@ def test_strides_and_bits() -> None:
 
 @here
 def test_bad_arguments() -> None:
-    from dlkernels.gpu import recurrent
-
     args = DENSE.tensors(LSTM, torch.float32)
     weights = args["weights"]
-
-    def run(mode: int = 0, **changed: Any) -> None:
-        recurrent.forward(*{**args, **changed}.values(), mode, False, False)
-
     for error, message, changed in (
-        (RuntimeError, "mode is 4", {"mode": 4}),
         (RuntimeError, r"x and h0 must be \(N, I\) and \(1 or 2, B, H\)", {"x": args["x"][0]}),
         (RuntimeError, "1 or 2, B, H", {"h0": torch.cat([args["h0"]] * 3)}),
         (RuntimeError, "x has 14 rows, needs a multiple of the 5", {"x": args["x"][:14]}),
@@ -187,8 +186,7 @@ def test_bad_arguments() -> None:
         (RuntimeError, "c0 is None", {"c0": None}),
         (RuntimeError, "h0 must have dtype", {"h0": args["h0"].double()}),
         (RuntimeError, "weights has 3 tensors", {"weights": weights[:3]}),
-        (RuntimeError, r"weights\[1\] must have shape \(28, 7\), got \(28, 3\)", {"weights": [weights[0], *weights[:1] * 3]}),
-        (RuntimeError, r"weights\[3\] must have shape \(21,\)", {"mode": 1, "weights": [w[:21] for w in weights[:3]] + weights[3:]}),
+        (RuntimeError, r"weights\[1\] must have shape \(28, 7\), got \(28, 3\)", {"weights": weights[:1] * 4}),
         (RuntimeError, r"batch_sizes\[1\] is 6, needs 1 to 5", {"batch_sizes": torch.tensor([5, 6, 4])}),
         (RuntimeError, r"batch_sizes\[0\] is 4, needs the number of sequences in h0, 5", {"batch_sizes": torch.tensor([4])}),
         (RuntimeError, "batch_sizes sum up to 14", {"batch_sizes": torch.tensor([5, 5, 4])}),
@@ -196,16 +194,18 @@ def test_bad_arguments() -> None:
         (TypeError, "strided", {"x": args["x"].to_sparse()}),
     ):  # fmt: skip
         with pytest.raises(error, match=message):
-            run(**changed)
-    y, _, _, gates, cells = recurrent.forward(*args.values(), 0, True, True)
-    for message, given in (
-        ("y must have shape", (y[1:], gates, cells)), ("gates must have shape", (y, gates[1:], cells)), ("cells is None", (y, gates, None)),
-        ("cells must have dtype", (y, gates, cells.double())),
+            forward(LSTM, {**args, **changed})
+    with pytest.raises(RuntimeError, match="mode is 4"):
+        forward(replace(LSTM, code=4), args)
+    y, _, _, gates, cells = forward(LSTM, args)
+    for message, kept in (
+        ("y must have shape", [y[1:], gates, cells]), ("gates must have shape", [y, gates[1:], cells]), ("cells is None", [y, gates, None]),
+        ("cells must have dtype", [y, gates, cells.double()]),
     ):  # fmt: skip
         with pytest.raises(RuntimeError, match=message):
-            recurrent.backward(y, None, None, *args.values(), *given, 0, True, True)
+            backward(LSTM, [y, None, None], args, kept)
     with pytest.raises(RuntimeError, match="dhn must have shape"):
-        recurrent.backward(None, y, None, *args.values(), y, gates, cells, 0, True, True)
+        backward(LSTM, [None, y, None], args, [y, gates, cells])
 
 
 # ---- without a GPU: what is launched, and the code it compiles to --------------------------------------------------------------------
@@ -213,18 +213,15 @@ def test_bad_arguments() -> None:
 
 def sweeps(mode: Mode, case: Case, target: str, dtype: torch.dtype = torch.bfloat16) -> list[Any]:
     """The launches through time, of the forward and of the backward."""
-    from dlkernels.gpu import aot, recurrent
+    from dlkernels.gpu import aot
 
-    args, found = case.tensors(mode, dtype, "meta"), []
+    args = case.tensors(mode, dtype, "meta")
 
     def run() -> None:
-        y, _, _, gates, cells = recurrent.forward(*args.values(), mode.code, True, True)
-        recurrent.backward(y, None, None, *args.values(), y, gates, cells, mode.code, True, True)
+        y, _, _, gates, cells = forward(mode, args)
+        backward(mode, [y, None, None], args, [y, gates, cells])
 
-    for launch in aot.record(run, target):
-        if launch.kernel.__name__ in ("recurrent_forward", "recurrent_backward"):
-            found.append(launch)
-    return found
+    return [launch for launch in aot.record(run, target) if launch.kernel.__name__ in ("recurrent_forward", "recurrent_backward")]
 
 
 @compiles
@@ -253,8 +250,8 @@ def test_the_plan(target: str, kind: str, D: int, B: int, H: int, wanted: tuple[
 @compiles
 def test_what_is_launched() -> None:
     """One launch for all steps of both directions where programs can meet, all at once; one a step where they cannot."""
-    forward, backward = sweeps(LSTM, Case(64, 8, 256, 2, T=9), "sm_90")
-    assert forward.cooperative and backward.cooperative and forward.grid == backward.grid == (8, 4, 2)
+    launches = sweeps(LSTM, Case(64, 8, 256, 2, T=9), "sm_90")
+    assert [(launch.cooperative, launch.grid) for launch in launches] == [(True, (8, 4, 2))] * 2
     assert not any(launch.cooperative for launch in sweeps(LSTM, Case(64, 8, 64, T=9), "sm_90"))
     launches = sweeps(GRU, Case(1024, 8, 1024, T=9), "sm_90")
     assert [launch.kernel.__name__ for launch in launches] == ["recurrent_forward"] * 9 + ["recurrent_backward"] * 10

@@ -44,6 +44,7 @@ def plan(kind: str, gates: int, D: int, B: int, H: int, device: Device) -> Plan:
     steps        a launch per step, where a step is work enough to fill the machine; in a CUDA graph they cost little
     """
     kept = 0 if H % 2 else KEPT.get(kind, 0)  # odd rows are read number by number, whose addresses take the registers of a large tile
+    stages = 4 if kept else 2
 
     def fits(units: int, depth: int) -> bool:
         numbers = ceil_div(H, depth) * depth * units * gates + ROWS * max(depth, units)
@@ -51,7 +52,7 @@ def plan(kind: str, gates: int, D: int, B: int, H: int, device: Device) -> Plan:
 
     def cut(name: str, reason: str, units: int, depth: int, keeps: bool) -> Plan:
         warps = 8 if kind == "double" else max(units // 8, 2 if kept else 4)  # a tensor core's tile is 8 units wide
-        return Plan(name, reason, ROWS, units, depth, warps, 1 if keeps else 2, ceil_div(H, depth) if keeps else 0)
+        return Plan(name, reason, ROWS, units, depth, warps, 1 if keeps else stages, ceil_div(H, depth) if keeps else 0)
 
     width = bucket(H)
     depth = width if kept else READ[kind]
@@ -67,4 +68,4 @@ def plan(kind: str, gates: int, D: int, B: int, H: int, device: Device) -> Plan:
     rows, units, warps = STEP[kind]
     programs = D * ceil_div(B, ROWS) * ceil_div(H, UNITS[kind][-1])
     reason = f"{programs} programs do not run at once on {device.processors} multiprocessors"
-    return Plan("steps", reason, rows, units, READ[kind], warps, 2)
+    return Plan("steps", reason, rows, units, READ[kind], warps, stages)
