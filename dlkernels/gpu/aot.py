@@ -86,7 +86,8 @@ def compile_launch(launch: Launch, target: str) -> Compiled:
     signature, constants, divisible = _specialise(launch)
     source = ASTSource(launch.kernel, signature, constants, divisible)
     where = TARGETS[target]
-    compiled = triton.compile(source, target=where.gpu, options={"num_warps": launch.warps, "num_stages": launch.stages})
+    options = {"num_warps": launch.warps, "num_stages": launch.stages, "launch_cooperative_grid": launch.cooperative}
+    compiled = triton.compile(source, target=where.gpu, options=options)
     assembly = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
     registers, spilled = _resources(compiled.asm)
     mma = tuple(sorted(set(re.findall(where.mma, assembly))))

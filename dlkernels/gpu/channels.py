@@ -7,7 +7,7 @@ channels.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -51,7 +51,7 @@ class View(NamedTuple):
         return self[:6]
 
     @property
-    def blocks(self) -> dict[str, int]:
+    def blocks(self) -> dict[str, Any]:
         return {"BN": self.BN, "BS": self.BS, "BC": self.BC}
 
     @property

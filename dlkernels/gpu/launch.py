@@ -31,7 +31,8 @@ class Device:
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel start: ``kernel[grid](*args, **constants, num_warps=warps, num_stages=stages)``."""
+    """One kernel start: ``kernel[grid](*args, **constants, num_warps=warps, num_stages=stages)``. ``cooperative``: all programs run
+    at once, or the start fails, so that they may wait for one another."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -39,6 +40,7 @@ class Launch:
     constants: dict[str, Any]
     warps: int
     stages: int
+    cooperative: bool = False
 
 
 _recorder: tuple[Device, list[Launch]] | None = None
@@ -56,16 +58,18 @@ def recording(device: Device) -> Iterator[list[Launch]]:
         _recorder = None
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, stages: int = 1, **constants: Any) -> None:
+def launch(
+    kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, stages: int = 1, cooperative: bool = False, **constants: Any
+) -> None:
     """Start ``kernel`` on the device of the first tensor among ``args``."""
     if _recorder is not None:
-        _recorder[1].append(Launch(kernel, grid, args, constants, warps, stages))
+        _recorder[1].append(Launch(kernel, grid, args, constants, warps, stages, cooperative))
     elif INTERPRET:
         kernel[grid](*args, **constants)
     else:
         tensor = next(a for a in args if isinstance(a, Tensor))
         with _on(tensor.device):
-            kernel[grid](*args, num_warps=warps, num_stages=stages, **constants)
+            kernel[grid](*args, num_warps=warps, num_stages=stages, launch_cooperative_grid=cooperative, **constants)
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
