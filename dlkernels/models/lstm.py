@@ -83,7 +83,7 @@ class CharLM(torch.nn.Module):
 
     @torch.no_grad()
     def write(self, x: Tensor, count: int, temperature: float = 1.0) -> Tensor:
-        """``count`` further characters [count] after x [T], drawn by their probability; below temperature 1 the likelier ones more often."""
+        """``count`` further characters [count] after x [T], drawn by probability; the likelier ones more often below temperature 1."""
         logits, state = self.read(x[None])
         found = []
         for _ in range(count):
@@ -123,23 +123,23 @@ _TEXTS = "docstrings of Python, numpy or torch, 40 words, batch 64"
 SPECS = [
     ModelSpec(
         name="lstm",
-        title=f"2000x32, two layers LSTM 48 in both directions, 96-3, {_TEXTS}",
-        build=lambda nn: LSTMClassifier(data_text.WORDS, 32, 48, len(data_text.LIBRARIES), nn=nn),
+        title=f"2000x32, two layers LSTM 32 in both directions, 64-3, {_TEXTS}",
+        build=lambda nn: LSTMClassifier(data_text.WORDS, 32, 32, len(data_text.LIBRARIES), nn=nn),
         batch=lambda: _random_tokens(64, 40, tokens=data_text.WORDS, classes=len(data_text.LIBRARIES)),
         data=data_text.docstrings,
-        epochs=8,
-        lr=5e-3,
-        weight_decay=0.1,
+        epochs=6,
+        lr=1e-2,
+        weight_decay=1.0,
     ),
     ModelSpec(
         name="gru",
-        title=f"2000x32, two layers GRU 48 in both directions, 96-3, {_TEXTS}",
-        build=lambda nn: GRUClassifier(data_text.WORDS, 32, 48, len(data_text.LIBRARIES), nn=nn),
+        title=f"2000x32, two layers GRU 32 in both directions, 64-3, {_TEXTS}",
+        build=lambda nn: GRUClassifier(data_text.WORDS, 32, 32, len(data_text.LIBRARIES), nn=nn),
         batch=lambda: _random_tokens(64, 40, tokens=data_text.WORDS, classes=len(data_text.LIBRARIES)),
         data=data_text.docstrings,
-        epochs=5,
-        lr=5e-3,
-        weight_decay=0.1,
+        epochs=6,
+        lr=1e-2,
+        weight_decay=1.0,
     ),
     ModelSpec(
         name="char_lm",
@@ -148,7 +148,7 @@ SPECS = [
         batch=lambda: _random_tokens(32, 64, tokens=len(data_text.ALPHABET)),
         data=data_text.characters,
         loss=next_character_loss,
-        epochs=10,
+        epochs=8,
         batch_size=32,
         lr=1e-2,
         weight_decay=0.01,
