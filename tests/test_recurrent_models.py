@@ -45,7 +45,7 @@ def test_with_lengths_the_filling_does_not_matter(make: type[LSTMClassifier]) ->
     assert (without[2] - with_zeros[2]).abs().max() > 1e-6
     model(padded(lengths, 49), torch.tensor(lengths)).sum().backward()
     used = set(torch.cat([row[:length] for row, length in zip(padded(lengths), lengths)]).tolist())
-    assert set(model.embed.weight.grad.abs().sum(1).nonzero().flatten().tolist()) <= used  # type: ignore[union-attr]
+    assert set(model.embed.weight.grad.abs().sum(1).nonzero().flatten().tolist()) <= used
 
 
 @classifiers
