@@ -106,7 +106,8 @@ save(unrolled.draw_adding(curves, 1 / 6), "11_adding.png")
 title("The gradient again, after training")
 table(learned)
 assert QUICK or min(learned[kind][-51] / learned[kind][-1] for kind in KINDS[1:]) > 1e4 * learned["RNN"][-51] / learned["RNN"][-1]
-save(unrolled.draw_gradients({"before training": born, "after learning to add": learned, "RNN, larger weights": scaled}), "11_gradients.png")
+sides = {"before training": born, "after learning to add": learned, "RNN, larger weights": scaled}
+save(unrolled.draw_gradients(sides), "11_gradients.png")
 
 # %% [markdown]
 # The RNN never finds out that the marked numbers matter, as what they would teach it arrives as nothing. GRU and LSTM

@@ -66,11 +66,12 @@ def animate_unrolling(
     plots["gates"].set_xticks(range(3), ["i\nwrite", "f\nkeep", "o\nshow"])
     cells = gates["c"][:, units].T
     limit = cells.abs().max().item()
-    history = plots["cell"].imshow(torch.full_like(cells, torch.nan), cmap="PuOr_r", vmin=-limit, vmax=limit, aspect="auto")
-    plots["cell"].set(yticks=[], xlabel="word", title="c = f c + i g")
+    history = plots["cell"].imshow(torch.full_like(cells, torch.nan), cmap="PuOr_r", vmin=-limit, vmax=limit, aspect="auto",
+                                   extent=(0.5, T + 0.5, len(units) - 0.5, -0.5))  # fmt: skip
+    plots["cell"].set(xticks=range(1, T + 1, 3), yticks=[], xlabel="word", title="c = f c + i g")
     plots["gates"].set_title("gates at this word")
     curves = [plots["answer"].plot([], [], color=color, label=name)[0] for name, color in zip(names, (GREY, ORANGE, BLUE))]
-    plots["answer"].set(xlim=(0, T), ylim=(-0.03, 1.03), xlabel="word", title="if the text ended here")
+    plots["answer"].set(xlim=(1, T), xticks=range(1, T + 1, 3), ylim=(-0.03, 1.03), xlabel="word", title="if the text ended here")
     plots["answer"].legend(fontsize=8, loc="upper left")
 
     def draw(t: int) -> None:
