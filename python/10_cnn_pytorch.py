@@ -296,4 +296,4 @@ assert QUICK or (old[1] > untrained[1] + 0.03 and tuned[1] > scratch[1] + 0.03 a
 # * A layer adds (k - 1) * dilation * (product of the strides before) to what a number sees. Small filters, several deep.
 # * Deeper than some ten layers: x + f(x). Few pictures: try borrowed filters, frozen and fine-tuned, and compare with none.
 #
-# Next: `14_debugging_production.py`, what to do when it does not work.
+# Next: `11_lstm_classifier.py`, networks that read.
