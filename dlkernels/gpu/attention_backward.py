@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_tiles import INF, LOG2E, blocks, careful_dot, factors, place, scores, tile
+from .attention_tiles import INF, LOG2E, any_nan, blocks, careful_dot, factors, place, scores, tile
 from .philox import as_float64
 
 
@@ -119,12 +119,11 @@ def backward_dquery(
         acc, q, slopes_y, log_sum, d_row, k, v, mask, slope, seed, l, a, middle - a, end - middle, middle - a + d - end, L, S, row, column,
         query_starts, strides, around, numbers, dropped, SCORE, BEND, PRECISION, D, E, BN, WINDOW, True, False,
     )  # fmt: skip
-    if WINDOW or mask is not None:
-        if tl.max(tl.max((acc != acc).to(tl.int32), 1), 0) > 0:
-            acc = dquery_steps(
-                tl.zeros((BM, BD), ACC), q, slopes_y, log_sum, d_row, k, v, mask, slope, seed, l, a, 0, 0, d - a, L, S, row, column,
-                query_starts, strides, around, numbers, dropped, SCORE, BEND, PRECISION, D, E, BN, WINDOW, True, True,
-            )  # fmt: skip
+    if any_nan(acc) if WINDOW or mask is not None else False:
+        acc = dquery_steps(
+            tl.zeros((BM, BD), ACC), q, slopes_y, log_sum, d_row, k, v, mask, slope, seed, l, a, 0, 0, d - a, L, S, row, column,
+            query_starts, strides, around, numbers, dropped, SCORE, BEND, PRECISION, D, E, BN, WINDOW, True, True,
+        )  # fmt: skip
     e = tl.arange(0, BD)
     at = b * dq_strides[0] + h * dq_strides[1] + (begin + l).to(tl.int64)[:, None] * dq_strides[2] + e.to(tl.int64)[None, :] * dq_strides[3]
     acc *= as_float64(score[2]).to(ACC)

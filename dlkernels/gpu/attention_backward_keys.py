@@ -1,4 +1,4 @@
-"""The backward kernels of scaled_dot_product_attention whose programs own keys, or numbers of the mask: attention_backward.py has the plan."""
+"""The backward kernels of scaled_dot_product_attention whose programs own keys or a mask: attention_backward.py says more."""
 
 from __future__ import annotations
 

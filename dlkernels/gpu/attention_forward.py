@@ -7,8 +7,8 @@
     k [BN, D] ──┘                      └── acc [BM, E] = acc exp2(old top - top) + w v
 
 * **Registers** hold acc, the tile of scores, and each row's maximum and sum; **shared memory** q, and `num_stages` steps of k and v.
-* **Programs of one head follow each other**, so that its k and v come from the L2 cache, the last queries first: under a causal window these
-  have the most to do, and what comes last should be short.
+* **Programs of one head follow each other**, so that its k and v come from the L2 cache, the last queries first: under a causal window
+  these have the most to do, and what comes last should be short.
 * **Few queries, many keys** (decoding): SHARE blocks of keys each go to other programs; `combine` puts their results together, in order.
 """
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_tiles import INF, LN2, LOG2E, blocks, careful_dot, factors, place, scores, tile
+from .attention_tiles import INF, LN2, LOG2E, any_nan, blocks, careful_dot, factors, place, scores, tile
 from .philox import as_float64
 
 
@@ -27,7 +27,7 @@ def forward_steps(
     SCORE: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BN: tl.constexpr, WINDOW: tl.constexpr,
     EDGE: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
-    """(acc, total, top) after ``count`` blocks of keys from ``first`` on; where EDGE, ``gap`` blocks are left out after the first ``low``."""
+    """(acc, total, top) after ``count`` blocks of keys from ``first`` on; where EDGE, ``gap`` are left out after the first ``low``."""
     ACC: tl.constexpr = acc.dtype
     (_, k_strides, v_strides, mask_strides, _) = strides
     for i in range(count):
@@ -61,8 +61,8 @@ def forward_steps(
 @triton.jit
 def scaled_dot_product_attention_forward(
     query, key, value, y, lse, mask, slopes, query_starts, key_starts, seed, strides, y_strides, sizes, window, score, dropout,
-    SCORE: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
-    WINDOW: tl.constexpr,
+    SCORE: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    BE: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """y and lse of BM queries. strides: those of (q, k, v, mask, (slopes,)); y_strides have one more in front, of a share of the keys."""
     ACC: tl.constexpr = tl.float64 if query.dtype.element_ty == tl.float64 else tl.float32
@@ -104,13 +104,12 @@ def scaled_dot_product_attention_forward(
         acc, total, top, q, k, v, mask, slope, seed, l, a, middle - a, end - middle, middle - a + d - end, L, S, row, column, query_starts,
         strides, around, numbers, dropped, SCORE, PRECISION, D, E, BN, WINDOW, True, False,
     )  # fmt: skip
-    if WINDOW or mask is not None:
-        if tl.max(tl.max((acc != acc).to(tl.int32), 1), 0) > 0:
-            acc, total, top = tl.zeros((BM, BE), ACC), tl.zeros((BM,), ACC), tl.zeros((BM,), ACC) - INF
-            acc, total, top = forward_steps(
-                acc, total, top, q, k, v, mask, slope, seed, l, a, 0, 0, d - a, L, S, row, column, query_starts, strides, around, numbers,
-                dropped, SCORE, PRECISION, D, E, BN, WINDOW, True, True,
-            )  # fmt: skip
+    if any_nan(acc) if WINDOW or mask is not None else False:
+        acc, total, top = tl.zeros((BM, BE), ACC), tl.zeros((BM,), ACC), tl.zeros((BM,), ACC) - INF
+        acc, total, top = forward_steps(
+            acc, total, top, q, k, v, mask, slope, seed, l, a, 0, 0, d - a, L, S, row, column, query_starts, strides, around, numbers,
+            dropped, SCORE, PRECISION, D, E, BN, WINDOW, True, True,
+        )  # fmt: skip
 
     none = total == 0
     acc = acc / tl.where(none, 1.0, total)[:, None]

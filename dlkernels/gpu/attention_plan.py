@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .config import BYTES, Config, bucket, ceil_div, key, table
+from .config import BYTES, Config, bucket, key, table
 from .launch import Device
 
 # kernel -> kind -> {head size: (rows, cols, warps, stages)}; rows are a program's own positions, cols those that it goes over.

@@ -1,4 +1,4 @@
-"""What the kernels of scaled_dot_product_attention share: where a program's tile lies, its scores, what hides some of them, and dropout.
+r"""What the kernels of scaled_dot_product_attention share: where a program's tile lies, its scores, what hides some of them, and dropout.
 
              keys s            Tiles of queries x keys are made one at a time. A window leaves some of them empty: they are never touched.
           ┌───┬───┬───┐        Most others lie inside it, and below the last query and key: their scores take no comparison. The few that
@@ -7,8 +7,8 @@
           │   │   │ \ │        Scores are in units of log 2, so that exp is the one instruction exp2: the factor goes into the scale.
           └───┴───┴───┘        A score of -inf is a key that isn't visible.
 
-* **Packed sequences**: block j of the grid is found in the list of starts by bisection. Sequence i owns the blocks from starts[i] / BLOCK + i
-  on, which are enough for it and at most N too many, so the host needs no look at the list.
+* **Packed sequences**: block j of the grid is found in the list of starts by bisection. Sequence i owns the blocks from
+  starts[i] / BLOCK + i on, which are enough for it and at most N too many, so the host needs no look at the list.
 * **A NaN that nobody sees** is multiplied by a weight of 0 and would come through. Kernels multiply first and look at their sums after:
   only where there is a NaN, and something is hidden, the tile is done again with `careful_dot`.
 * Positions within a sequence are 32-bit, element offsets 64-bit.
@@ -56,20 +56,25 @@ def place(starts, others, j, N, STEP, T, OTHER, BLOCK: tl.constexpr):
     """(first, length, first and length of the other side, first own position of block j within the sequence); int32."""
     if starts is None:
         return 0, T, 0, OTHER, j * BLOCK
-    i, step = 0 * j, STEP + 0 * j
-    while step > 0:
-        at = i + step
-        begin = tl.load(starts + at, at < N, other=0)
-        i = tl.where((at < N) & (begin // BLOCK + at <= j), at, i)
-        step = step // 2
-    begin = tl.load(starts + i)
-    start = (j - begin // BLOCK - i) * BLOCK
-    first = tl.minimum(tl.maximum(begin, 0), T)
-    length = tl.minimum(tl.maximum(tl.load(starts + i + 1), first), T) - first
-    other = tl.minimum(tl.maximum(tl.load(others + i), 0), OTHER)
-    other_length = tl.minimum(tl.maximum(tl.load(others + i + 1), other), OTHER) - other
-    other_length = tl.where(start < length, other_length, 0)
-    return first.to(tl.int32), length.to(tl.int32), other.to(tl.int32), other_length.to(tl.int32), tl.maximum(start, 0).to(tl.int32)
+    else:
+        i, step = 0 * j, STEP + 0 * j
+        while step > 0:
+            begin = tl.load(starts + (i + step), i + step < N, other=0)
+            i = tl.where((i + step < N) & (begin // BLOCK + (i + step) <= j), i + step, i)
+            step = step // 2
+        begin = tl.load(starts + i)
+        start = (j - begin // BLOCK - i) * BLOCK
+        first, length = part(starts + i, T)
+        other, other_length = part(others + i, OTHER)
+        return first, length, other, tl.where(start < length, other_length, 0), tl.maximum(start, 0).to(tl.int32)
+
+
+@triton.jit
+def part(starts, T):
+    """(first, length) of the sequence from starts[0] to starts[1], inside [0, T) whatever these are."""
+    first = tl.minimum(tl.maximum(tl.load(starts), 0), T)
+    last = tl.minimum(tl.maximum(tl.load(starts + 1), first), T)
+    return first.to(tl.int32), (last - first).to(tl.int32)
 
 
 @triton.jit
@@ -142,6 +147,11 @@ def factors(seed, row, column, starts, threshold, scale, KEYS: tl.constexpr, QUE
         lane = n % 64 // 16
         number = tl.where(lane < 2, tl.where(lane == 0, w0, w1), tl.where(lane == 2, w2, w3))
     return factor(number, threshold, scale)
+
+
+@triton.jit
+def any_nan(x):
+    return tl.max(tl.max((x != x).to(tl.int32), 1), 0) > 0
 
 
 @triton.jit

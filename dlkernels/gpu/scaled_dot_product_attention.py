@@ -107,9 +107,9 @@ def run_forward(call: Call, y: Tensor, lse: Tensor) -> None:
     y_strides = out.stride() if split > 1 else (0, *y.stride())
     launch(
         scaled_dot_product_attention_forward, (call.B * call.H * count, split), call.query, call.key, call.value, out, out_lse,
-        call.mask_bits, call.slopes, *call.starts, call.seed, call.strides, y_strides, (call.H, call.group, call.L, call.S, *sizes, share, lse.numel()),
-        call.window, call.score, call.dropout, SCORE=call.functions[0], BM=c.rows, BN=c.cols, warps=c.warps, stages=c.stages,
-        **call.constants,
+        call.mask_bits, call.slopes, *call.starts, call.seed, call.strides, y_strides,
+        (call.H, call.group, call.L, call.S, *sizes, share, lse.numel()), call.window, call.score, call.dropout, SCORE=call.functions[0],
+        BM=c.rows, BN=c.cols, warps=c.warps, stages=c.stages, **call.constants,
     )  # fmt: skip
     if split > 1:
         rows = lse.numel()
