@@ -58,7 +58,7 @@ def dquery_steps(
         key = tile(k, s, S, k_strides[2], k_strides[3], D, q.shape[1], EDGE)
         value = tile(v, s, S, v_strides[2], v_strides[3], E, slopes_y.shape[1], EDGE)
         x = tl.dot(q, tl.trans(key), input_precision=PRECISION, out_dtype=ACC)
-        z = scores(
+        z, seen = scores(
             x, l[:, None], s[None, :], mask, slope, L, S, mask_strides[2], mask_strides[3], window[0], window[1], window[2], score[0],
             score[1], SCORE, WINDOW, EDGE,
         )  # fmt: skip
@@ -68,9 +68,9 @@ def dquery_steps(
             dw *= tl.trans(factors(seed, row + j * BN, column, starts, dropout[0], dropout[1], BN, q.shape[0]))
         dz = w * (dw - delta[:, None]) * BEND(x, score[0])
         if EDGE or mask is not None:
-            dz = tl.where(z == -INF, 0.0, dz)
+            dz = tl.where(seen, dz, 0.0)
         if CAREFUL:
-            acc = careful_dot(dz, z != -INF, key, acc, PRECISION)
+            acc = careful_dot(dz, seen, key, acc, PRECISION)
         else:
             acc = tl.dot(dz.to(key.dtype), key, acc, input_precision=PRECISION, out_dtype=ACC)
     return acc

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .attention_backward import statistics
-from .attention_tiles import INF, LOG2E, blocks, factors, place, scores, tile
+from .attention_tiles import LOG2E, blocks, factors, place, scores, tile
 from .philox import as_float64
 
 
@@ -28,11 +28,13 @@ def dkey_steps(
         slopes_y = tile(dy, l, L, dy_strides[2], dy_strides[3], E, v.shape[1], EDGE)
         log_sum, d_row = statistics(lse, delta, l, L)
         x = tl.dot(k, tl.trans(queries), input_precision=PRECISION, out_dtype=ACC)
-        z = scores(
+        z, seen = scores(
             x, l[None, :], s[:, None], mask, slope, L, S, mask_strides[2], mask_strides[3], window[0], window[1], window[2], score[0],
             score[1], SCORE, WINDOW, EDGE,
         )  # fmt: skip
         w = tl.exp2(z - log_sum[None, :])
+        if EDGE or mask is not None:
+            w = tl.where(seen, w, 0.0)
         f = 1.0
         if seed is not None:
             f = factors(seed, row, column + j * BM, starts, dropout[0], dropout[1], k.shape[0], BM)
@@ -40,7 +42,7 @@ def dkey_steps(
         dw = tl.dot(v, tl.trans(slopes_y), input_precision=PRECISION, out_dtype=ACC)
         dz = w * (dw * f - d_row[None, :]) * BEND(x, score[0])
         if EDGE or mask is not None:
-            dz = tl.where(z == -INF, 0.0, dz)
+            dz = tl.where(seen, dz, 0.0)
         dk = tl.dot(dz.to(queries.dtype), queries, dk, input_precision=PRECISION, out_dtype=ACC)
     return dk, dv
 
@@ -137,7 +139,7 @@ def backward_dmask(
         if slopes is not None:
             slope = tl.load(slopes + b * slope_strides[0] + h) * LOG2E
         x = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
-        z = scores(
+        z, seen = scores(
             x, l[:, None], s[None, :], mask + (b * mask_strides[0] + h * mask_strides[1]), slope, L, S, mask_strides[2], mask_strides[3],
             (S - L) * lower_right, left, right, numbers[0], numbers[1], SCORE, WINDOW, True,
         )  # fmt: skip
@@ -145,7 +147,7 @@ def backward_dmask(
         if seed is not None:
             row, column = (b * H + h) * S + tl.min(s, 0), tl.min(l, 0).to(tl.int64)
             dw *= tl.trans(factors(seed, row, column, None, dropout[0], as_float64(dropout[1]).to(ACC), BN, BM))
-        acc += tl.where(z == -INF, 0.0, tl.exp2(z - log_sum[:, None]) * (dw - d_row[:, None]))
+        acc += tl.where(seen, tl.exp2(z - log_sum[:, None]) * (dw - d_row[:, None]), 0.0)
     l, s = own_l * BM + tl.arange(0, BM)[:, None], own_s * BN + tl.arange(0, BN)[None, :]
     if shared[0] is not None:
         acc, l, L = tl.sum(acc, 0, keep_dims=True), tl.zeros((1, 1), tl.int32), 1

@@ -37,7 +37,7 @@ def forward_steps(
         s = j * BN + tl.arange(0, BN)
         key = tile(k, s, S, k_strides[2], k_strides[3], D, q.shape[1], EDGE)
         x = tl.dot(q, tl.trans(key), input_precision=PRECISION, out_dtype=ACC)
-        z = scores(
+        z, seen = scores(
             x, l[:, None], s[None, :], mask, slope, L, S, mask_strides[2], mask_strides[3], window[0], window[1], window[2], score[0],
             score[1], SCORE, WINDOW, EDGE,
         )  # fmt: skip
@@ -52,7 +52,7 @@ def forward_steps(
             w *= tl.trans(factors(seed, row + j * BN, column, starts, dropout[0], dropout[1], BN, q.shape[0]))
         value = tile(v, s, S, v_strides[2], v_strides[3], E, acc.shape[1], EDGE)
         if CAREFUL:
-            acc = careful_dot(w, z != -INF, value, acc, PRECISION)
+            acc = careful_dot(w, seen, value, acc, PRECISION)
         else:
             acc = tl.dot(w.to(value.dtype), value, acc, input_precision=PRECISION, out_dtype=ACC)
     return acc, total, top

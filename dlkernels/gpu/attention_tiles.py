@@ -109,26 +109,31 @@ def tile(x, t, LENGTH, x_t, x_d, WIDTH: tl.constexpr, BD: tl.constexpr, EDGE: tl
 def scores(
     x, l, s, mask, slope, L, S, mask_l, mask_s, o, left, right, a, b, SCORE: tl.constexpr, WINDOW: tl.constexpr, EDGE: tl.constexpr
 ):  # fmt: skip
-    """Scores of products x; l and s are positions, shaped so that they broadcast to x's shape, whichever way it lies."""
+    """(scores of products x, which of them are seen); l and s are positions, shaped so that they broadcast to x, whichever way it lies.
+    Rows of a score +inf or NaN are NaN where they are seen, so -inf is not enough to tell."""
     z = SCORE(x, a, b)
+    seen = s < S
     if slope is not None:
         z -= slope * tl.abs(l + o - s).to(z.dtype)
     if mask is not None:
-        at, inside = mask + s.to(tl.int64) * mask_s, s < S
+        at, inside = mask + s.to(tl.int64) * mask_s, seen
         if mask_l is not None:
             at, inside = at + l.to(tl.int64) * mask_l, inside & (l < L)
         m = tl.load(at, inside, other=0)
         if mask.dtype.element_ty == tl.uint8:
-            z = tl.where(m != 0, z, -INF)
+            seen = m != 0
         else:
-            z = tl.where(m.to(z.dtype) == -INF, -INF, z + m.to(z.dtype) * LOG2E)
+            m = m.to(z.dtype)
+            seen = m != -INF
+            z += m * LOG2E
     if EDGE:
-        seen = (l < L) & (s < S)
+        seen = seen & (l < L) & (s < S)
         if WINDOW:
             behind = l + o - s
             seen = seen & (behind <= left) & (behind >= -right)
+    if EDGE or mask is not None:
         z = tl.where(seen, z, -INF)
-    return z
+    return z, seen
 
 
 @triton.jit
