@@ -46,6 +46,11 @@ def exp_tail(r: mp.mpf) -> mp.mpf:
     return mp.hyp1f1(1, 3, r) / 2
 
 
+def exp2_tail(r: mp.mpf) -> mp.mpf:
+    """(2^r - 1) / r."""
+    return mp.expm1(r * mp.log(2)) / r if r else mp.log(2)
+
+
 def log_tail(z: mp.mpf) -> mp.mpf:
     """(log((1 + s) / (1 - s)) - 2s) / s^3 for z = s^2."""
     return mp.hyp2f1(1, 1.5, 2.5, z) * 2 / 3
@@ -85,13 +90,14 @@ def odd(f: Function, limit: float, degree: int) -> tuple[list[mp.mpf], mp.mpf]:
 
 def tables(ctype: str) -> dict[str, tuple[list[mp.mpf], mp.mpf]]:
     """The coefficients and the worst error of every polynomial for ctype "float" or "double", by its name in math.h."""
-    degree = {"float": (4, 3, 6, 9), "double": (9, 6, 11, 21)}[ctype]
+    degree = {"float": (4, 3, 6, 9, 5), "double": (9, 6, 11, 21, 10)}[ctype]
     c, limit = {"float": (2, mp.mpf(14.5)), "double": (3, mp.mpf(39))}[ctype]
     ln2, s2 = mp.log(2), (3 - 2 * mp.sqrt(2)) ** 2
     only_float = {"gelu": odd(cdf_slope, 5.3, 14), "gelu_gradient": odd(gelu_gradient_slope, 5.8, 17)} if ctype == "float" else {}
     # A weight turns the error of the polynomial into that of the function; 0.01 and 0.001 keep the equations regular where it would be 0.
     return only_float | {
         "exp": remez(exp_tail, lambda r: (r * r + 0.01) * mp.exp(-r), -0.501 * ln2, 0.501 * ln2, degree[0]),
+        "exp2": remez(exp2_tail, lambda r: (abs(r) + 0.01) / mp.mpf(2) ** r, mp.mpf(-0.501), mp.mpf(0.501), degree[4]),
         "log": remez(log_tail, lambda z: (z + 0.001) / 2, mp.mpf(0), s2, degree[1]),
         "erf": remez(erf_tail, lambda z: mp.mpf(1), mp.mpf(0), mp.mpf(1), degree[2]),
         "mills": remez(lambda v: mills(v, c), lambda v: 1 / mills(v, c), mp.mpf(-0.5), (limit - c) / (limit + 2 * c), degree[3]),

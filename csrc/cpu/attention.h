@@ -28,6 +28,9 @@ enum { FACTORS, QUERY_PANELS, QUERY_ROWS, KEY_LINES, KEY_PANELS, VALUE_LINES, VA
        DY_PANELS, DY_ROWS, WIDE, DKEY, DVALUE, DQUERY, MASK_SUMS };
 
 template <class T> using Multiplier = std::conditional_t<std::is_same_v<T, bf16> && HAS_PAIR_DOT, PairDot<bf16>, Fma<compute_t<T>>>;
+template <class Micro> struct one_vector;  // the same with tiles of one vector, for what is left at the end of a row
+template <class E> struct one_vector<Fma<E>> { using type = Fma<E, 1>; };
+template <class E> struct one_vector<PairDot<E>> { using type = PairDot<E, 1>; };
 
 template <class T> struct Rows {  // of one head
     T* p;
@@ -149,7 +152,7 @@ template <class T, int SLOT> Panels<typename Multiplier<T>::Lane> transposed(Row
     return {reinterpret_cast<const Lane*>(to), Micro::NR, panel * int64_t(sizeof(E)) / int64_t(sizeof(Lane))};
 }
 
-// ---- products: c[m][n] (+)= sum over `depth` k; whole tiles of NR columns are written --------------------------------------------------
+// ---- products: c[m][n] (+)= sum over `depth` k; whole vectors are written --------------------------------------------------
 
 template <class Micro, class A>
 void multiply(int64_t rows, int64_t columns, int64_t depth, const A& a, Panels<typename Micro::Lane> b, typename Micro::Sum* c, int64_t ldc,
@@ -161,12 +164,17 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, const A& a, Panels<t
         int64_t r = rows * t / tiles, height = rows * (t + 1) / tiles - r;
         auto lines = a(r);
         auto next = reinterpret_cast<const E*>(a(r + height).p);
-        for (int64_t j = 0; j * Micro::NR < columns; j++)
-            Micro::tile_at(int(height), int(depth), lines, Spaced<Lane>{b.p + j * b.tile, b.step}, c + r * ldc + j * Micro::NR, ldc, add, next);
+        for (int64_t j = 0; j * Micro::NR < columns; j++) {
+            Spaced<Lane> panel{b.p + j * b.tile, b.step};
+            auto tile = [&](auto micro) {
+                decltype(micro)::tile_at(int(height), int(depth), lines, panel, c + r * ldc + j * Micro::NR, ldc, add, next);
+            };
+            if (columns - j * Micro::NR <= Micro::NR / NV) tile(typename one_vector<Micro>::type{});
+            else tile(Micro{});
+        }
     }
 }
-// Numbers of two rows as pairs of bf16, and back.
-inline pairs pair_up(vec<float> low, vec<float> high) { return lengthen(narrow(low, bf16{})) | lengthen(narrow(high, bf16{})) << 16; }
+// A number of a pair.
 inline float number(uint32_t pair, int64_t upper) { return bits_as<float>(upper ? pair & 0xffff0000u : pair << 16); }
 inline float number(float x, int64_t) { return x; }
 inline double number(double x, int64_t) { return x; }

@@ -100,7 +100,7 @@ template <class T> struct BackwardHead {
                 bool plain = scores.plain(l, rows, s, n);
                 if (!plain) scores.apply(t.z, t.bend, l, rows, s, n);
                 const C* factors = a.o.dropout ? scores.dropped(l, s, n) : nullptr;
-                for (int64_t j = 0; j < rows; j += NR) differentiate(t, j, factors, n, plain ? C(a.o.scale) : C(1), lse, delta);
+                for (int64_t j = 0; j < rows; j += NR) differentiate(t, j, factors, n, C(plain ? a.o.scale * LOG2E : LOG2E), lse, delta);
                 if (mask) mask->add(t.dp, LD, rows, s, n);
                 auto lines = [&](Lane* p) { return from_line(Lines<Lane>{p, (PAIR == 1 ? LD : HALF_LD) / PAIR}, 0); };
                 if (d.dvalue.p)
@@ -125,13 +125,13 @@ template <class T> struct BackwardHead {
         return {z, dp, bend, half, half + KEYS * HALF_LD / 2, half + KEYS * HALF_LD};
     }
 
-    // lse of every query, infinite where there is none, so that the weights of what lies behind the last one are 0; and delta.
+    // lse of every query, as a power of 2, infinite where there is none, so that the weights of what lies behind the last one are 0; and delta.
     void statistics(int64_t h, int64_t l, int64_t rows, Rows<T> dy, C* lse, C* delta) const {
         std::fill_n(lse, QUERIES, INF<C>);
         Rows<T> y = a.y.at(q.b, h, q.l + l);
         for (int64_t r = 0; r < rows; r++) {
             C found = a.lse[q.b * a.lse_batch + h * a.lse_head + q.l + l + r];
-            lse[r] = found == -INF<C> ? INF<C> : found;
+            lse[r] = found == -INF<C> ? INF<C> : C(found * LOG2E);
             vec<C> total{};
             for (int64_t e = 0; e < a.E; e += VL<C>) {
                 int lanes = int(std::min<int64_t>(VL<C>, a.E - e));
@@ -150,7 +150,7 @@ template <class T> struct BackwardHead {
             vec<C> before{};
             for (int64_t i = 0; i < n; i++) {
                 int64_t at = i * LD + c;
-                vec<C> w = exp_or_zero<C>(load(t.z + at) * scale - under), dp = load(t.dp + at), kept = w;
+                vec<C> w = exp2_or_zero<C>(load(t.z + at) * scale - under), dp = load(t.dp + at), kept = w;
                 if (factors) kept = w * load(factors + at), dp *= load(factors + at);
                 vec<C> dz = w == 0 ? vec<C>{} : w * (dp - mean);
                 if (bent) dz *= load(t.bend + at);

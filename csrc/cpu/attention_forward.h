@@ -2,7 +2,7 @@
 //
 //   z = keys x queries       tile by tile in registers; z, KEYS x QUERIES numbers, stays in the L2 cache
 //   top = largest score      of every query, so far; what was summed under an older one is scaled down
-//   w = exp(z - top)         in place, or as pairs of bf16; their sums are added up
+//   w = 2^(z log2(e) - top)  in place, or as pairs of bf16; their sums are added up
 //   y += w^T values
 //
 // Keys and values are read where they lie, or packed once per head and thread.
@@ -52,7 +52,7 @@ template <class T> struct ForwardHead {  // keys and values of one head of a seq
             if (!plain) scores.apply(z, nullptr, l, rows, s, n);
             const C* factors = a.o.dropout ? scores.dropped(l, s, n) : nullptr;
             for (int64_t j = 0; j < rows; j += Micro::NR)
-                weigh(z + j, weights + j, factors ? factors + j : nullptr, n, plain ? C(a.o.scale) : C(1), top + j, total + j, shrink + j);
+                weigh(z + j, weights + j, factors ? factors + j : nullptr, n, C(plain ? a.o.scale * LOG2E : LOG2E), top + j, total + j, shrink + j);
             for (int64_t r = 0; r < rows; r++)
                 if (shrink[r] != 1)
                     for (int64_t e = 0; e < ld; e += VL<C>) store(sums + r * ld + e, load(sums + r * ld + e) * shrink[r]);
@@ -74,11 +74,11 @@ template <class T> struct ForwardHead {  // keys and values of one head of a seq
         for (int j = 0; j < NV; j++) {
             vec<C> before = load(top + j * VL<C>), after = max(before, under[j]);
             under[j] = after == -INF<C> ? vec<C>{} : after;  // a query that has seen no key yet
-            store(top + j * VL<C>, after), store(shrink + j * VL<C>, exp_or_zero<C>(before - under[j]));
+            store(top + j * VL<C>, after), store(shrink + j * VL<C>, exp2_or_zero<C>(before - under[j]));
         }
         auto weight = [&](int64_t i, int j) INLINE {
             int64_t at = i * LD + j * VL<C>;
-            vec<C> w = exp_or_zero<C>(load(z + at) * scale - under[j]);
+            vec<C> w = exp2_or_zero<C>(load(z + at) * scale - under[j]);
             sum[j] += w;
             return factors ? w * load(factors + at) : w;
         };
@@ -109,7 +109,7 @@ template <class T> struct ForwardHead {  // keys and values of one head of a seq
             C inverse = total[r] == 0 ? C(0) : 1 / total[r];
             for (int64_t e = 0; e < a.E; e += VL<C>)
                 store(y[r] + e, load(sums + r * ld + e) * inverse, int(std::min<int64_t>(VL<C>, a.E - e)));
-            a.lse[q.b * a.lse_batch + h * a.lse_head + q.l + l + r] = total[r] == 0 ? -INF<C> : top[r] + std::log(total[r]);
+            a.lse[q.b * a.lse_batch + h * a.lse_head + q.l + l + r] = total[r] == 0 ? -INF<C> : C(top[r] * LN2) + std::log(total[r]);
         }
     }
 };

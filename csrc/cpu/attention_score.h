@@ -18,12 +18,8 @@ struct Mask {
 
 template <class C> constexpr C INF = std::numeric_limits<C>::infinity();
 
-// exp(x) for x <= 0, but 0 where it is not a normal number: it is nothing beside 1, and subnormal numbers are slow. NaN for NaN.
-template <class C> inline vec<C> exp_or_zero(vec<C> x) {
-    constexpr C lowest = sizeof(C) == 4 ? C(-87.3) : C(-708.3);
-    auto [r, n] = reduce<C, 1>(x);
-    return x < lowest ? vec<C>{} : (1 + expm1_reduced<C>(r)) * exponent<C>(n);
-}
+// Weights are powers of 2: log2(e) goes into the scale, and costs nothing there.
+constexpr double LOG2E = 1.44269504088896340736, LN2 = 0.693147180559945309417;
 
 struct Options {  // of a call
     double p, scale, softcap;

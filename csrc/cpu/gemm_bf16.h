@@ -39,7 +39,7 @@ template <bool BY_ROW> void load_square(Block<bf16> x, int rows, int kc, pairs (
 
 // ---- vdpbf16ps: the same tile as Fma, two k at a time ----------------------------------------------------------------------------------
 
-template <class E> struct PairDot {
+template <class E, int NV = ::NV> struct PairDot {
     using Element = bf16;
     using Sum = float;
     using Lane = uint32_t;  // what a row of B is made of: pairs

@@ -94,7 +94,7 @@ template <int W, class E> bool pack(Block<E> block, int rows, int kc, E* panel) 
 // ---- the micro-kernel: an MR x NR tile from one panel of A and one of B --------------------------------------------------------------
 
 // c[R, NV vectors] (+)= acc
-template <class E, int R> inline void put(const vec<E> (&acc)[R][NV], E* c, int64_t ldc, bool add) {
+template <class E, int R, int NV> inline void put(const vec<E> (&acc)[R][NV], E* c, int64_t ldc, bool add) {
 #pragma GCC unroll 16
     for (int i = 0; i < R; i++)
 #pragma GCC unroll 8
@@ -127,7 +127,7 @@ template <class E> struct Scattered {  // for A: one number is taken at a time
     E of(const E* column, int i) const { return column[place[i]]; }
 };
 
-template <class E> struct Fma {
+template <class E, int NV = ::NV> struct Fma {
     using Element = E;
     using Sum = E;
     static constexpr int MR = ::MR, NR = NV * VL<E>;

@@ -31,6 +31,8 @@ template <> struct coefficients<float> {
     static constexpr float ln2_high = 0x1.62e4p-1, ln2_low = 0x1.7f7d1cp-20;  // ln 2 as a sum; high has 15 bits, so its multiples are exact
     // (e^r - 1 - r) / r^2 on |r| <= ln(2) / 2: relative error of e^r 2^-28.0
     static constexpr float exp[] = {0.499999943f, 0.166665267f, 0.0416682811f, 0.00836818406f, 0.00138174070f};
+    // (2^r - 1) / r on |r| <= 1/2: relative error of 2^r 2^-28.8
+    static constexpr float exp2[] = {0.693147202f, 0.240226479f, 0.0555033286f, 0.00961844114f, 0.00133988341f, 0.000153524194f};
     // (log((1 + s) / (1 - s)) - 2s) / s^3 in s^2 on |s| <= 3 - 2 sqrt 2: relative error of the logarithm 2^-37
     static constexpr float log[] = {0.666666658f, 0.400003011f, 0.285391349f, 0.235517916f};
     // erf(x) / x - 1 in x^2 on |x| <= 1: relative error 2^-29.7
@@ -60,6 +62,10 @@ template <> struct coefficients<double> {
     static constexpr double exp[] = {0.50000000000000051, 0.16666666666666456, 0.041666666666571109, 0.0083333333334828105,
                                      0.0013888888934007066, 0.00019841269507449936, 2.4801502133491999e-5, 2.7557601159171721e-6,
                                      2.7627299131080591e-7, 2.4991747234780273e-8};
+    // as above; relative error 2^-57.9
+    static constexpr double exp2[] = {0.69314718055994533, 0.24022650695910131, 0.055504108664820096, 0.0096181291075942205,
+                                      0.0013333558146774725, 0.00015403530457161002, 1.5252733492036637e-5, 1.3215435189647549e-6,
+                                      1.0178200051959518e-7, 7.0738087838626736e-9, 4.4347246915856128e-10};
     // as above; relative error 2^-59
     static constexpr double log[] = {0.66666666666666987, 0.39999999999614494, 0.28571428703138927, 0.22222202227015985,
                                      0.18183389022327908, 0.15318242129550255, 0.14756396981560486};
@@ -123,6 +129,14 @@ template <class T> inline vec<T> exp(vec<T> x, vec<T> y = vec<T>{}) {
 template <class T> inline vec<T> exp_normal(vec<T> x) {
     auto [r, n] = reduce<T, 0>(x);
     return bits_as<vec<T>>(bits_as<bits<T>>(1 + expm1_reduced<T>(r)) + (n << coefficients<T>::mantissa));
+}
+
+// 2^x for x up to some 100, but 0 where it is no normal number: two thirds of e^x, for what comes with a factor of its own. NaN for NaN.
+template <class T> inline vec<T> exp2_or_zero(vec<T> x) {
+    using C = coefficients<T>;
+    constexpr T round = T(3LL << (C::mantissa - 1)) + C::bias;
+    vec<T> shifted = x + round, r = x - (shifted - round);
+    return x < T(1 - C::bias) ? vec<T>{} : (1 + r * polynomial(C::exp2, r)) * exponent<T>(bits_as<bits<T>>(shifted));
 }
 
 // e^x - 1 for x <= 0: 2^n (e^r - 1) + (2^n - 1). Near 0 nothing cancels, far out it is -1.

@@ -247,6 +247,16 @@ inline vec<float> dot_pairs(vec<float> acc, pairs a, pairs b) {
 }
 #endif
 
+// Two rows as pairs, rounded to nearest even; a number too small to be normal may become 0.
+inline pairs pair_up(vec<float> low, vec<float> high) {
+#if defined(__AVX512BF16__)
+    halves a = bits_as<halves>(_mm512_cvtneps_pbh(bits_as<__m512>(low))), b = bits_as<halves>(_mm512_cvtneps_pbh(bits_as<__m512>(high)));
+#else
+    halves a = narrow(low, bf16{}), b = narrow(high, bf16{});
+#endif
+    return lengthen(a) | lengthen(b) << 16;
+}
+
 // The tile registers of AMX: eight of 16 rows x 64 bytes. tile_dot: C[16][16] += A[16 rows][16 pairs] B[16 pairs][16 columns].
 #if defined(__AMX_BF16__)
 constexpr bool HAS_TILES = true;

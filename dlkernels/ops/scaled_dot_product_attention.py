@@ -47,7 +47,7 @@ from ..registry import Op, register
 from .dropout import draw_seed
 from .scaled_dot_product_attention_raw import UNLIMITED, Extras, Score, backward, forward
 from .scaled_dot_product_attention_reference import definition
-from .scaled_dot_product_attention_shapes import Misfit, heads_in_four, heads_of, mask_in_four, misfit_of_mask
+from .scaled_dot_product_attention_shapes import Misfit, heads_in_four, heads_of, mask_in_four, misfit_of_mask, out_of_four
 from .scaled_dot_product_attention_sizes import BENCH, DROPOUT_SAMPLES, SAMPLES, cost, make, make_with_dropout
 
 __all__ = ["scaled_dot_product_attention"]
@@ -116,7 +116,7 @@ def _unsupported(
     if attn_mask is None:
         return None
     scores = (*lead, H, query.shape[-2], key.shape[-2])
-    return misfit_of_mask(query, attn_mask, is_causal, scores[-max(query.dim(), 2) :])
+    return misfit_of_mask(query, attn_mask, is_causal, scores[-max(query.dim(), key.dim(), value.dim()) :])
 
 
 def _refused(reason: str, query: Tensor, key: Tensor, value: Tensor, mask: Any, p: float, *options: Any) -> Tensor:
@@ -178,20 +178,21 @@ def seeded(
     enable_gqa: bool,
 ) -> Tensor:  # fmt: skip
     """Attention with dropout under a given seed, for arguments that a kernel takes."""
-    lead, H, _ = heads_of(query, key, value, enable_gqa)
+    lead, dim = heads_of(query, key, value, enable_gqa)[0], max(query.dim(), key.dim(), value.dim())
     lower_right = isinstance(mask, CausalBias) and mask.variant == CausalVariant.LOWER_RIGHT
     if isinstance(mask, CausalBias):
         is_causal, mask = True, None
     if mask is not None:
         mask = mask_in_four(mask if mask.dtype == torch.bool or query.dtype != torch.float64 else mask.double(), lead)
     y = attend(*heads_in_four(query, key, value, enable_gqa), Extras(mask, seed=seed), p, score_of(query, is_causal, scale, lower_right))
-    return y if query.dim() == 4 else y.reshape(*lead, *[H][: query.dim() - 2], *y.shape[-2:])
+    return out_of_four(y, lead, dim)
 
 
 def _definition(query: Tensor, key: Tensor, value: Tensor, mask: Any, p: float, is_causal: bool, scale: Any, enable_gqa: bool) -> Tensor:
-    extras = Extras(None if mask is None else mask_in_four(mask, query.shape[:-3]))
+    lead, dim = heads_of(query, key, value, enable_gqa)[0], max(query.dim(), key.dim(), value.dim())
+    extras = Extras(None if mask is None else mask_in_four(mask, lead))
     heads = heads_in_four(query, key, value, enable_gqa)
-    return definition(*heads, *extras, p, score_of(query, is_causal, scale)).view(*query.shape[:-1], value.shape[-1])
+    return out_of_four(definition(*heads, *extras, p, score_of(query, is_causal, scale)), lead, dim)
 
 
 def _positional(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
