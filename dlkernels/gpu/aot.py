@@ -40,7 +40,7 @@ TARGETS = {
     "sm_80": Target(GPUTarget("cuda", 80, 32), Device("A100", 108, 163 << 10), r"mma\.sync\S*"),
     "sm_90": Target(GPUTarget("cuda", 90, 32), Device("H100", 132, 227 << 10), r"(?:wgmma\.mma_async|mma\.sync)\S*"),
     "sm_100": Target(GPUTarget("cuda", 100, 32), Device("B200", 148, 227 << 10), r"(?:tcgen05\.mma|mma\.sync)\S*"),
-    "gfx942": Target(GPUTarget("hip", "gfx942", 64), Device("MI300X", 304, 64 << 10), r"v_mfma_\w+"),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), Device("MI300X", 304, 64 << 10, 64), r"v_mfma_\w+"),
 }
 POINTERS = {
     torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32",

@@ -20,13 +20,13 @@ TILES: dict[str, dict[str, dict[int, tuple[int, int, int, int]]]] = {
         "double": {64: (32, 32, 4, 1), 128: (32, 16, 4, 1), 256: (16, 16, 4, 1)},
     },
     "dquery": {
-        "half": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 64, 8, 1)},
+        "half": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
         "tf32": {64: (64, 64, 8, 2), 128: (64, 32, 8, 1), 256: (32, 32, 8, 1)},
         "float": {64: (64, 32, 8, 2), 128: (32, 32, 8, 1), 256: (32, 16, 8, 1)},
         "double": {64: (32, 16, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 8, 1)},
     },
     "dkey": {
-        "half": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 1)},
+        "half": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 16, 8, 2)},
         "tf32": {64: (64, 64, 8, 1), 128: (64, 32, 8, 1), 256: (32, 16, 8, 1)},
         "float": {64: (64, 32, 8, 2), 128: (32, 32, 8, 1), 256: (32, 16, 8, 1)},
         "double": {64: (32, 16, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 8, 1)},
@@ -57,14 +57,10 @@ def choose(kernel: str, kind: str, own: int, others: int, head: int, device: Dev
     depth = width(head)
     rows, cols, warps, stages = TILES[kernel][kind][max(64, depth)]
     rows, cols = min(rows, bucket(own)), min(cols, bucket(others))
-    c = Config(rows, cols, depth, 1, warps if rows * cols >= 1024 else 4, stages, 1)
-    while shared_bytes(kernel, kind, c) > device.shared and (c.stages > 1 or c.cols > 16 or c.rows > 16):
-        if c.stages > 1:
-            c = replace(c, stages=c.stages - 1)
-        elif c.cols > 16:
-            c = replace(c, cols=c.cols // 2)
-        else:
-            c = replace(c, rows=c.rows // 2)
+    c = Config(rows, cols, depth, 1, (warps if rows * cols >= 1024 else 4) * 32 // device.lanes, stages, 1)
+    for smaller in ({"rows": 64}, {"cols": 32}, {"stages": 1}, {"cols": 16}, {"rows": 32}, {"rows": 16}):
+        if shared_bytes(kernel, kind, c) > device.shared:
+            c = replace(c, **{name: min(size, getattr(c, name)) for name, size in smaller.items()})
     return c
 
 

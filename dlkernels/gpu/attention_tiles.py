@@ -63,10 +63,10 @@ def place(starts, others, j, N, STEP, T, OTHER, BLOCK: tl.constexpr):
             i = tl.where((i + step < N) & (begin // BLOCK + (i + step) <= j), i + step, i)
             step = step // 2
         begin = tl.load(starts + i)
-        start = (j - begin // BLOCK - i) * BLOCK
         first, length = part(starts + i, T)
+        start = tl.minimum(tl.maximum((j - begin // BLOCK - i) * BLOCK, 0), length)
         other, other_length = part(others + i, OTHER)
-        return first, length, other, tl.where(start < length, other_length, 0), tl.maximum(start, 0).to(tl.int32)
+        return first, length, other, tl.where(start < length, other_length, 0), start.to(tl.int32)
 
 
 @triton.jit

@@ -75,6 +75,12 @@ class Call:
     def config(self, kernel: str, own: int, others: int) -> Any:
         return choose(kernel, self.kind, own, others, max(self.D, self.E), self.device)
 
+    def heads_are_rows(self, *rest: Any) -> bool:
+        """Whether heads that read the same keys may be taken for so many queries, whose keys are then read once: one query each, and
+        nothing that makes a difference between heads or positions."""
+        *tensors, _p, _scale, _softcap, left, right, lower_right = rest
+        return self.L == 1 < self.group and all(t is None for t in tensors) and left < 0 and (right < 0 or lower_right)
+
     def cut(self, own: int, block: int) -> tuple[int, tuple[int, int, int]]:
         """Blocks of one head's ``own`` positions, and (blocks, sequences, the first step of bisection among these)."""
         starts = self.starts[0]
@@ -88,10 +94,15 @@ def forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tens
     """Launcher of the forward kernels; arguments, shapes and errors as the op's contract says."""
     call = Call(query, key, value, *rest)
     y, lse = empty_like_heads(query, call.E), query.new_empty(query.shape[:3], dtype=statistics_dtype(query))
-    if lse.numel() and call.S:
+    if not lse.numel():
+        return y, lse
+    if not call.S:
+        return y.zero_(), lse.fill_(-float("inf"))
+    if call.heads_are_rows(*rest):
+        rows, to, to_lse = (t.squeeze(2).unflatten(1, (call.G, call.group)) for t in (query, y, lse[..., None]))
+        run_forward(Call(rows, key, value, *rest[:-3], -1, -1, False), to, to_lse[..., 0])
+    else:
         run_forward(call, y, lse)
-    elif lse.numel():
-        y.zero_(), lse.fill_(-float("inf"))
     return y, lse
 
 
@@ -215,10 +226,10 @@ def _check(
         check_tensor("slopes", slopes, query.new_empty(0, dtype=statistics_dtype(query)), (B if slopes.shape[:1] != (1,) else 1, H))
     if seed is not None:
         check_seed(seed, query)
-    _check_starts(query_starts, key_starts, mask, query)
+    _check_starts(query_starts, key_starts, mask, query, S)
 
 
-def _check_starts(query_starts: Tensor | None, key_starts: Tensor | None, mask: Tensor | None, query: Tensor) -> None:
+def _check_starts(query_starts: Tensor | None, key_starts: Tensor | None, mask: Tensor | None, query: Tensor, keys: int) -> None:
     if query_starts is None and key_starts is None:
         return
     for name, t in (("query_starts", query_starts), ("key_starts", key_starts)):
@@ -226,6 +237,8 @@ def _check_starts(query_starts: Tensor | None, key_starts: Tensor | None, mask: 
             raise RuntimeError(f"{name} must be int64 [N + 1] on {query.device}, beside the other one's")
     if len(query_starts) != len(key_starts) or query.shape[0] != 1 or mask is not None:  # type: ignore[arg-type]
         raise RuntimeError("query_starts and key_starts must be as long as each other, of a batch of 1, without a mask")
+    if len(query_starts) == 1 and (query.shape[2] or keys):  # type: ignore[arg-type]
+        raise RuntimeError(f"query_starts names no sequence, got {query.shape[2]} queries and {keys} keys")
 
 
 IMPLEMENTATIONS = {"scaled_dot_product_attention_forward": forward, "scaled_dot_product_attention_backward": backward}
