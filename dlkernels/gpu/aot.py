@@ -40,7 +40,7 @@ TARGETS = {
     "sm_80": Target(GPUTarget("cuda", 80, 32), Device("A100", 108, 163 << 10), r"mma\.sync\S*"),
     "sm_90": Target(GPUTarget("cuda", 90, 32), Device("H100", 132, 227 << 10), r"(?:wgmma\.mma_async|mma\.sync)\S*"),
     "sm_100": Target(GPUTarget("cuda", 100, 32), Device("B200", 148, 227 << 10), r"(?:tcgen05\.mma|mma\.sync)\S*"),
-    "gfx942": Target(GPUTarget("hip", "gfx942", 64), Device("MI300X", 304, 64 << 10), r"v_mfma_\w+"),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), Device("MI300X", 304, 64 << 10, 64), r"v_mfma_\w+"),
 }
 POINTERS = {
     torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32",
@@ -115,27 +115,30 @@ def compiled(op: str, target: str = "sm_90", dtype: torch.dtype = torch.bfloat16
     return [compile_launch(launch, target) for launch in record(lambda: implementations()[op](*args), target)]
 
 
-def _specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]]]:
+def _specialise(launch: Launch) -> tuple[dict[str, Any], dict[Any, Any], dict[tuple[int, ...], list[list[Any]]]]:
     """Triton's signature, constants and divisibility of a launch, by the rules of its own launcher: None and 1 become constants, sizes
-    that are multiples of 16 and (torch's) pointers are marked so."""
-    signature: dict[str, str] = {}
-    constants = dict(launch.constants)
-    divisible: dict[tuple[int], list[list[Any]]] = {}
-    for position, (name, value) in enumerate(zip(launch.kernel.arg_names, launch.args, strict=False)):
+    that are multiples of 16 and (torch's) pointers are marked so; likewise inside tuples, where a path leads to each."""
+    constants: dict[Any, Any] = dict(launch.constants)
+    divisible: dict[tuple[int, ...], list[list[Any]]] = {}
+
+    def type_of(value: Any, path: tuple[int, ...]) -> Any:
+        if isinstance(value, tuple):
+            return tuple(type_of(item, (*path, i)) for i, item in enumerate(value))
         if value is None or (isinstance(value, int) and value == 1):
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[name] = POINTERS[value.dtype]
-            divisible[(position,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
-                divisible[(position,)] = [["tt.divisibility", 16]]
-    for name in launch.constants:
-        signature[name] = "constexpr"
-    return {name: signature[name] for name in launch.kernel.arg_names}, constants, divisible
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            divisible[path] = [["tt.divisibility", 16]]
+        if isinstance(value, torch.Tensor):
+            return POINTERS[value.dtype]
+        if isinstance(value, float):
+            return "fp32"
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+    names = launch.kernel.arg_names
+    signature = {name: type_of(value, (i,)) for i, (name, value) in enumerate(zip(names, launch.args, strict=False))}
+    signature |= dict.fromkeys(launch.constants, "constexpr")
+    return {name: signature[name] for name in names}, constants, divisible
 
 
 def _resources(asm: Mapping[str, Any]) -> tuple[int, int]:

@@ -22,11 +22,13 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Device:
-    """What the choice of a tile depends on: name, number of multiprocessors, bytes of shared memory that one program may use."""
+    """What the choice of a tile depends on: name, number of multiprocessors, bytes of shared memory that one program may use, and how many
+    threads are a warp."""
 
     name: str
     processors: int
     shared: int
+    lanes: int = 32
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def device_of(tensor: Tensor) -> Device:
 def _device(index: int) -> Device:
     p = torch.cuda.get_device_properties(index)
     shared = getattr(p, "shared_memory_per_block_optin", 0) or p.shared_memory_per_block
-    return Device(p.name, p.multi_processor_count, shared)
+    return Device(p.name, p.multi_processor_count, shared, getattr(p, "warp_size", 32))
 
 
 def check_tensor(name: str, t: Tensor, like: Tensor, shape: tuple[int, ...]) -> None:
