@@ -117,12 +117,13 @@ def compiled(op: str, target: str = "sm_90", dtype: torch.dtype = torch.bfloat16
 
 def _specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]]]:
     """Triton's signature, constants and divisibility of a launch, by the rules of its own launcher: None and 1 become constants, sizes
-    that are multiples of 16 and (torch's) pointers are marked so."""
+    that are multiples of 16 and (torch's) pointers are marked so, but for sizes that the kernel wants any."""
+    plain = {p.name for p in launch.kernel.params if p.do_not_specialize}
     signature: dict[str, str] = {}
     constants = dict(launch.constants)
     divisible: dict[tuple[int], list[list[Any]]] = {}
     for position, (name, value) in enumerate(zip(launch.kernel.arg_names, launch.args, strict=False)):
-        if value is None or (isinstance(value, int) and value == 1):
+        if value is None or (isinstance(value, int) and value == 1 and name not in plain):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name] = POINTERS[value.dtype]
@@ -131,7 +132,7 @@ def _specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tu
             signature[name] = "fp32"
         else:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and name not in plain:
                 divisible[(position,)] = [["tt.divisibility", 16]]
     for name in launch.constants:
         signature[name] = "constexpr"
