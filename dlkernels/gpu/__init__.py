@@ -7,6 +7,7 @@ A kernel file takes part by naming its launchers, ``IMPLEMENTATIONS = {"<raw op>
     matmul.py        the one dot tile that every matrix product is cut into
     linear.py ...    kernels and launchers of one op
     conv2d_windows.py where the windows of a filter lie: conv2d.py, whose kernels are in conv2d_product.py and conv2d_depthwise.py
+    recurrent.py     products around the sweeps through time of recurrent_sweeps.py, which recurrent_plan.py cuts
     multi_tensor.py  many tensors in one launch: optimizers.py, clip.py
     launch.py        checked entry, device facts, the one call that starts a kernel
     config.py        which tile sizes: a measured table, else a model of the machine

@@ -117,17 +117,19 @@ def compiled(op: str, target: str = "sm_90", dtype: torch.dtype = torch.bfloat16
 
 def _specialise(launch: Launch) -> tuple[dict[str, Any], dict[Any, Any], dict[tuple[int, ...], list[list[Any]]]]:
     """Triton's signature, constants and divisibility of a launch, by the rules of its own launcher: None and 1 become constants, sizes
-    that are multiples of 16 and (torch's) pointers are marked so; likewise inside tuples, where a path leads to each."""
+    that are multiples of 16 and (torch's) pointers are marked so, but for sizes that the kernel wants any; likewise inside tuples, where a
+    path leads to each."""
+    plain = {(i,) for i, parameter in enumerate(launch.kernel.params) if parameter.do_not_specialize}
     constants: dict[Any, Any] = dict(launch.constants)
     divisible: dict[tuple[int, ...], list[list[Any]]] = {}
 
     def type_of(value: Any, path: tuple[int, ...]) -> Any:
         if isinstance(value, tuple):
             return tuple(type_of(item, (*path, i)) for i, item in enumerate(value))
-        if value is None or (isinstance(value, int) and value == 1):
+        if value is None or (isinstance(value, int) and value == 1 and path not in plain):
             constants[path] = value
             return "constexpr"
-        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0 and path not in plain):
             divisible[path] = [["tt.divisibility", 16]]
         if isinstance(value, torch.Tensor):
             return POINTERS[value.dtype]

@@ -76,7 +76,7 @@ def backward(
         gates = _gates_again(layer, before)
     da = x.new_empty(layer.N, layer.D, layer.rows)
     ds = torch.empty_like(da) if cell.parts else None
-    values = (y, layer.h0) if cells is None else (cells, layer.c0)
+    values = (y, layer.h0) if cells is None or layer.c0 is None else (cells, layer.c0.to(wide))
     args = None if dy is None else dy.contiguous(), gates, *values, layer.w_hh, dh, dc, da, ds
     layer.sweep(recurrent_backward, args, True, CELL=cell.backward, KEPT=cell.kept)
     if dx is not None and dx.numel():

@@ -51,7 +51,7 @@ def plan(kind: str, gates: int, D: int, B: int, H: int, device: Device) -> Plan:
         return numbers * BYTES[kind] + SLACK <= device.shared
 
     def cut(name: str, reason: str, units: int, depth: int, keeps: bool) -> Plan:
-        warps = 8 if kind == "double" else max(units // 8, 2 if kept else 4)  # a tensor core's tile is 8 units wide
+        warps = max(units // 8, 2) if kind in KEPT else 8  # a tensor core's tile is 8 units wide
         return Plan(name, reason, ROWS, units, depth, warps, 1 if keeps else stages, ceil_div(H, depth) if keeps else 0)
 
     width = bucket(H)

@@ -24,8 +24,10 @@ import triton.language as tl
 
 from .recurrent_tiles import arrive, biases_of, meet, nothing, one, parts_of, products, resident, step_at, store_parts, times
 
+SIZES = ("start", "stop", "T", "B")  # one compiled kernel serves all of them
 
-@triton.jit
+
+@triton.jit(do_not_specialize=SIZES)
 def recurrent_forward(
     a, h0, w_hh, b_hh, state, hn, y, gates, cells, starts, counters, start, stop, T, B, SHARE, D, CELL: tl.constexpr, GATES: tl.constexpr,
     PRECISION: tl.constexpr, ALIGN: tl.constexpr, BB: tl.constexpr, BU: tl.constexpr, BK: tl.constexpr, CHUNKS: tl.constexpr,
@@ -76,7 +78,7 @@ def recurrent_forward(
     store_parts(state, mine, u, H, inside, (c,))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def recurrent_backward(
     dy, gates, values, first_values, w_hh, dh, dc, da, ds, starts, counters, start, stop, T, B, SHARE, D, CELL: tl.constexpr,
     GATES: tl.constexpr, KEPT: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr, BB: tl.constexpr, BU: tl.constexpr,
@@ -103,11 +105,10 @@ def recurrent_backward(
         first_done, size_done = step_at(starts, tl.where(d == 0, t + 1, t - 1), T, B)
         first_before, size_before = step_at(starts, tl.where(d == 0, t - 1, t + 1), T, B)
         running, rows = inside & (b < size)[:, None], (first + b) * D + d
-        begun = running & (b < size_before)[:, None]
         kept = parts_of(gates, rows, u, H, running, KEPT, ACC)
         after = parts_of(values, rows, u, H, running, 1, ACC)[0]
-        before = parts_of(values, (first_before + b) * D + d, u, H, begun, 1, ACC)[0]
-        initial = parts_of(first_values, mine, u, H, running & (b >= size_before)[:, None], 1, ACC)[0]
+        from_row = tl.where(b < size_before, values + ((first_before + b) * D + d) * H, first_values + mine * H)
+        before = tl.load(from_row[:, None] + u[None, :], running, other=0.0).to(ACC)
         if dy is not None:
             slope = parts_of(dy, rows, u, H, running, 1, ACC)[0]
         else:
@@ -120,7 +121,7 @@ def recurrent_backward(
             for g in tl.static_range(GATES):
                 dh_tile += sums[g]
         if tl.program_id(1) * BB < size:
-            da_tiles, ds_tiles, dh_new, dc_new = CELL(kept, before + initial, after, dh_tile + slope, dc_tile)
+            da_tiles, ds_tiles, dh_new, dc_new = CELL(kept, before, after, dh_tile + slope, dc_tile)
             store_parts(da, rows, u, H, running, da_tiles)
             if ds is not None:
                 store_parts(ds, rows, u, H, running, ds_tiles)

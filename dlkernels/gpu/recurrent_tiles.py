@@ -66,8 +66,9 @@ def weights(w, k, u, H, w_k, w_u, PARTS: tl.constexpr):
     """A tile [k, u] of the part of W_hh that each gate has."""
     inside = (k < H)[:, None] & (u < H)[None, :]
     found = ()
-    for g in tl.static_range(PARTS):
-        found = found + one(tl.load(w + g * H * H + k[:, None] * w_k + u[None, :] * w_u, inside, other=0.0))
+    for _ in tl.static_range(PARTS):
+        found = found + one(tl.load(w + k.to(tl.int64)[:, None] * w_k + u[None, :] * w_u, inside, other=0.0))
+        w += tl.full((), H, tl.int64) * H
     return found
 
 
