@@ -173,10 +173,11 @@ assert QUICK or min(min(found) for found in scores.values()) > 0.6
 # order, which an LSTM is for, adds little: shuffle the words, and see how few answers change. Try the cheap rival first, always.
 #
 # With lengths known each direction ends where the text does. Without, the way forth goes through the filling afterwards, and what
-# it knew must survive up to 30 steps of nothing: a small adding problem. Does it learn to let the filling pass?
+# it knew must survive up to 30 steps of nothing: a small adding problem. Does it learn to let the filling pass, or does it rely on
+# the way back, which meets the filling first and ends at the first word?
 
 # %%
-title("Gates of the first layer, way forth: words against filling, in the network that has to read it")
+title("Gates of the first layer, way forth, in the network that has to read the filling; and what each way is worth")
 model = trained["LSTM, filling is read"]
 short = [row for row in split.x_val if 10 <= lengths_of(row[None])[0] <= 20][:40]
 with torch.no_grad():
@@ -185,8 +186,16 @@ means = {}
 for letter, name in (("i", "write"), ("f", "keep")):
     means[letter] = [torch.cat([gates[letter][real if on else ~real] for gates, real in seen]).mean().item() for on in (True, False)]
     print(f"  {letter} ({name:5}) on words {means[letter][0]:.2f}, on filling {means[letter][1]:.2f}")
+halves = {}
+for name in ("LSTM, filling is read", "LSTM, lengths known"):
+    halves[name] = [sequences.hits_of_half(trained[name], way, NETWORKS[name][1]) for way in ("forth", "back")]
+    print("  {:22} from the way forth alone {:.1%} right, from the way back alone {:.1%}".format(name, *halves[name]))
+assert QUICK or halves["LSTM, filling is read"][0] < halves["LSTM, lengths known"][0] - 0.02
 
 # %% [markdown]
+# It does not: the gates are on average the same on filling as on words, and the way forth pays for it. The way back answers in its
+# place. A network that reads forth only needs the lengths (or the filling at the beginning).
+#
 # ## The gates over a text
 # Take the network that knows the lengths and a docstring it was never shown. The first layer's way forth, word by word: how much
 # is written, kept and shown by the units whose cells move most. To the right the answer of the *whole* network if the text ended

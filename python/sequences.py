@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import islice
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 import dlkernels.functional as F
 import dlkernels.nn as nn
 import dlkernels.optim as optim
-from dlkernels.data_text import characters, docstrings
+from dlkernels.data_text import LIBRARIES, characters, docstrings
 from dlkernels.train import Batches
 
 HIDDEN, BATCH = 32, 64
@@ -103,6 +104,15 @@ def train_classifier(model: torch.nn.Module, epochs: int, seed: int, lengths: bo
 @torch.no_grad()
 def hits(model: torch.nn.Module, x: Tensor, y: Tensor, lengths: bool) -> float:
     return ((model(x, lengths_of(x)) if lengths else model(x)).argmax(1) == y).double().mean().item()
+
+
+def hits_of_half(model: torch.nn.Module, way: str, lengths: bool) -> float:
+    """Accuracy on the held-out docstrings where the last Linear is given the state of one way only, ``forth`` or ``back``."""
+    half = copy.deepcopy(model)
+    with torch.no_grad():
+        half.fc.weight.view(len(LIBRARIES), 2, -1)[:, 1 if way == "forth" else 0] = 0
+    split = docstrings()
+    return hits(half, split.x_val, split.y_val, lengths)
 
 
 def shuffled(x: Tensor) -> Tensor:
