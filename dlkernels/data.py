@@ -17,7 +17,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Split:
-    """Features ``x`` float32 [M, K] or [M, C, H, W] and class numbers ``y`` int64 [M], to learn from and to be judged by."""
+    """Features ``x`` float32 [M, K] or [M, C, H, W] and class numbers ``y`` int64 [M], to learn from and to be judged by.
+
+    Of texts ``x`` holds token numbers, int64 [M, T], and ``y`` may have one for each of them.
+    """
 
     x_train: Tensor
     y_train: Tensor
@@ -25,8 +28,9 @@ class Split:
     y_val: Tensor
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Split:
-        """The same split with its features in ``dtype``, on ``device``."""
-        return Split(self.x_train.to(device, dtype), self.y_train.to(device), self.x_val.to(device, dtype), self.y_val.to(device))
+        """The same split with its features in ``dtype``, on ``device``; token numbers stay whole numbers."""
+        kept = dtype if self.x_train.is_floating_point() else self.x_train.dtype
+        return Split(self.x_train.to(device, kept), self.y_train.to(device), self.x_val.to(device, kept), self.y_val.to(device))
 
 
 @lru_cache(maxsize=4)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -47,13 +47,13 @@ def randn(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(len(shape) + shape[0]))
 
 
-def same(call: Callable[[Any, list[Tensor]], Any], models: tuple[Any, Any], inputs: list[Tensor]) -> None:
-    """Results and gradients of every input and parameter."""
+def same(models: tuple[Any, Any], inputs: list[Tensor], picked: tuple[int, ...] | None = None, **options: Any) -> None:
+    """Results and gradients of every input and parameter; ``picked`` of the inputs are the arguments."""
     found = []
     for model in models:
         leaves = [t.clone().requires_grad_() for t in inputs]
         model.zero_grad()
-        ys = call(model, leaves)
+        ys = model(*(leaves[i] for i in picked or range(len(leaves))), **options)
         ys = [y for y in (ys if isinstance(ys, tuple) else (ys,)) if y is not None]
         sum((y * randn(*y.shape)).sum() for y in ys).backward()
         found.append([*ys, *(t.grad for t in leaves), *(p.grad for p in model.parameters())])
@@ -89,9 +89,9 @@ def test_attention(option: str, mask: str) -> None:
         shapes = [(N, L, E), (N, S, options.get("kdim", E)), (N, S, options.get("vdim", E))]
         inputs = [randn(*(shape if batch_first else (shape[1], shape[0], shape[2]))) for shape in shapes]
         for weights in ({"need_weights": False}, {}, {"average_attn_weights": False}):
-            same(lambda model, x: model(*x, **weights, **MASKS[mask]), models, inputs)
+            same(models, inputs, **weights, **MASKS[mask])
         if "dim" not in option and option not in ("both", "all"):  # keys are values
-            same(lambda model, x: model(x[0], x[1], x[1], need_weights=False, **MASKS[mask]), models, inputs[:2])
+            same(models, inputs[:2], (0, 1, 1), need_weights=False, **MASKS[mask])
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
@@ -100,7 +100,7 @@ def test_attention_to_itself(batch_first: bool) -> None:
     x = randn(N, L, E) if batch_first else randn(L, N, E)
     for options in ({}, {"attn_mask": CAUSAL}, {"attn_mask": CAUSAL, "is_causal": True}, {"key_padding_mask": PADDING[:, :L]}):
         for need in (False, True):
-            same(lambda model, x: model(*x * 3, need_weights=need, **options), models, [x])
+            same(models, [x], (0, 0, 0), need_weights=need, **options)
 
 
 def test_attention_without_a_batch() -> None:
@@ -108,7 +108,7 @@ def test_attention_without_a_batch() -> None:
     inputs = [randn(L, E), randn(S, E), randn(S, E)]
     for options in ({}, {"need_weights": False}, {"average_attn_weights": False}):
         for mask in ({}, {"key_padding_mask": PADDING[1]}, {"attn_mask": randn(L, S)}, {"attn_mask": randn(H, L, S)}):
-            same(lambda model, x: model(*x, **options, **mask), models, inputs)
+            same(models, inputs, **options, **mask)
 
 
 def test_a_query_that_sees_nothing() -> None:
@@ -117,7 +117,7 @@ def test_a_query_that_sees_nothing() -> None:
     mask = torch.zeros(L, S, dtype=torch.bool)
     mask[2] = True
     inputs = [randn(L, N, E), randn(S, N, E), randn(S, N, E)]
-    same(lambda model, x: model(*x, attn_mask=mask, need_weights=False), models, inputs)
+    same(models, inputs, attn_mask=mask, need_weights=False)
     for model in models:
         y, weights = model(*inputs, attn_mask=mask)
         assert y[2].isnan().all() and weights[:, 2].isnan().all() and y[[0, 1, 3, 4]].isfinite().all()
@@ -134,7 +134,7 @@ def test_dropout_of_weights() -> None:
     means = torch.stack([mine(x, x, x, need_weights=False)[0] for _ in range(200)]).mean(0)
     right = mine.eval()(x, x, x, need_weights=False)[0]
     assert (means - right).norm() < 0.15 * right.norm()
-    same(lambda model, x: model.eval()(*x * 3), (mine, native), [x])
+    same((mine, native.eval()), [x], (0, 0, 0))
 
 
 LAYERS = [
@@ -158,10 +158,10 @@ def test_layers(options: dict[str, Any], training: bool) -> None:
             model.train(training)
         name = "src" if len(inputs) == 1 else "tgt"
         masks = {f"{name}_mask": CAUSAL, f"{name}_key_padding_mask": torch.arange(L) >= torch.tensor([[5], [3], [4]])}
-        same(lambda model, x: model(*x), models, inputs)
-        same(lambda model, x: model(*x, **masks), models, inputs)
+        same(models, inputs)
+        same(models, inputs, **masks)
         causal = {f"{name}_mask": CAUSAL, "is_causal" if name == "src" else "tgt_is_causal": True}
-        same(lambda model, x: model(*x, **causal), models, inputs)
+        same(models, inputs, **causal)
 
 
 @pytest.mark.parametrize("norm_first", [False, True])
@@ -169,8 +169,8 @@ def test_the_whole_transformer(norm_first: bool) -> None:
     models = built("Transformer", E, H, 2, 2, 20, 0.0, "gelu", batch_first=True, norm_first=norm_first)
     mask = models[0].generate_square_subsequent_mask(L, dtype=torch.float64)
     options = {"tgt_mask": mask, "src_key_padding_mask": PADDING, "memory_key_padding_mask": PADDING}
-    same(lambda model, x: model(*x, **options), models, [randn(N, S, E), randn(N, L, E)])
-    same(lambda model, x: model(*x), models, [randn(S, E), randn(L, E)])
+    same(models, [randn(N, S, E), randn(N, L, E)], **options)
+    same(models, [randn(S, E), randn(L, E)])
     kinds = {type(layer).__module__.split(".")[0] for layer in models[0].modules() if not isinstance(layer, torch.nn.ModuleList)}
     assert kinds - {"torch"} == {"dlkernels"} and not any(type(m) is torch.nn.Linear for m in models[0].modules())
 
@@ -184,10 +184,10 @@ def test_stacks_of_given_layers() -> None:
         for model, nn in zip(built(layer, E, H, 20, dropout=0.0), (ours, theirs)):
             models.append(getattr(nn, stack)(model, 3, nn.LayerNorm(E, dtype=torch.float64)))
         models[1].load_state_dict(models[0].state_dict())
-        same(lambda model, x: model(*x), (models[0], models[1]), inputs)
+        same((models[0], models[1]), inputs)
         name = {"TransformerEncoder": "mask"}.get(stack, "tgt_mask")
         for mask in (CAUSAL, randn(L, L), theirs.Transformer.generate_square_subsequent_mask(L, dtype=torch.float64)):
-            same(lambda model, x: model(*x, **{name: mask}), (models[0], models[1]), inputs)
+            same((models[0], models[1]), inputs, **{name: mask})
 
 
 def test_padding_in_evaluation() -> None:
@@ -207,7 +207,7 @@ def test_what_a_user_has_changed_is_called() -> None:
     for model in models:
         model.norm1 = torch.nn.RMSNorm(E, dtype=torch.float64)
         model.linear1.register_forward_hook(lambda *_: calls.append("hook"))
-    same(lambda model, x: model(*x), models, [randn(L, N, E)])
+    same(models, [randn(L, N, E)])
     assert calls == ["hook"] * 2
     encoder = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(E, H), 1)
     mine = ours.Transformer(E, H, custom_encoder=encoder, num_decoder_layers=1)

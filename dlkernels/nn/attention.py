@@ -1,6 +1,6 @@
 """Multi-head attention: torch.nn.MultiheadAttention's parameters, initialisation and state_dict over our kernels.
 
-    q, k, v = x Wq, x Wk, x Wv            one product where they come from one tensor, and no copy of its parts: the kernel takes any strides
+    q, k, v = x Wq, x Wk, x Wv            one product where they come from one tensor; its parts are not copied, the kernel takes any strides
     y       = attention(q, k, v) Wo       heads are E / num_heads consecutive numbers of q, k and v
 """
 

@@ -24,7 +24,17 @@ import torch
 from torch import Tensor
 
 from ..backend import PLAIN_TENSORS, apply_function, define
-from ..contract import Optionals, check_traced, is_spread, needs_grad, on_shards, require_tensors, statistics_dtype, unsupported
+from ..contract import (
+    Optionals,
+    check_traced,
+    is_spread,
+    is_transformed,
+    needs_grad,
+    on_shards,
+    require_tensors,
+    statistics_dtype,
+    unsupported,
+)
 from ..registry import Cost, Op, register
 from .scaled_dot_product_attention_raw import empty_like_heads
 
@@ -146,29 +156,28 @@ def angles(positions: Tensor, width: int, base: float = 10000.0, dtype: torch.dt
     return turns.cos().to(dtype), turns.sin().to(dtype)
 
 
-@lru_cache(maxsize=64)
-def _cached(starts: tuple[int, ...], lead: tuple[int, ...], T: int, width: int, base: float, dtype: torch.dtype, device: Any) -> Tables:
-    positions = torch.arange(T, device=device)
-    if starts:
-        positions = positions + torch.tensor(starts, device=device).view(*lead, 1)
+@lru_cache(maxsize=256)
+def _cached(start: int, step: int, lead: tuple[int, ...], T: int, width: int, base: float, dtype: torch.dtype, device: Any) -> Tables:
+    positions = start + torch.arange(T, device=device)
+    if lead:
+        positions = positions + step * torch.arange(math.prod(lead), device=device).view(*lead, 1)
     return angles(positions, width, base, dtype)
 
 
-def angles_like(x: Tensor, width: int, base: float = 10000.0, starts: tuple[int, ...] = (), lead: tuple[int, ...] = ()) -> Tables:
-    """``angles`` of the positions 0 .. T - 1 of x ``(*, T, D)``; or of those from each of ``starts`` on, which are numbers for ``lead``.
+def angles_like(x: Tensor, width: int, base: float = 10000.0, start: int = 0, step: int = 0, lead: tuple[int, ...] = ()) -> Tables:
+    """``angles`` of the positions start .. start + T - 1 of x ``(*, T, D)``; those of the i-th sequence of ``lead`` begin i ``step`` later.
 
     Kept for the next call, except while a graph is traced.
     """
-    plain = not torch.compiler.is_compiling() and type(x) in PLAIN_TENSORS and not torch._C._are_functorch_transforms_active()
+    plain = not is_transformed() and type(x) in PLAIN_TENSORS
     make = _cached if plain else _cached.__wrapped__
-    return make(starts, lead, x.shape[-2], width, base, statistics_dtype(x), x.device)
+    return make(start, step, lead, x.shape[-2], width, base, statistics_dtype(x), x.device)
 
 
 def _angles_of(x: Tensor, P: int | None, each: bool) -> Tables:
     """``each``: positions of its own for every sequence of the batch."""
-    lead = tuple(x.shape[:-3]) if each else ()
-    starts = tuple(range(0, 5 * math.prod(lead), 5)) if each else ()
-    return angles_like(x, 2 * (x.shape[-1] // 2 if P is None else min(P, x.shape[-1] // 2)), 10000.0, starts, lead)
+    width = 2 * (x.shape[-1] // 2 if P is None else min(P, x.shape[-1] // 2))
+    return angles_like(x, width, step=5, lead=tuple(x.shape[:-3]) if each else ())
 
 
 def _call(x: Tensor, P: int | None, interleaved: bool, each: bool) -> Tensor:
@@ -189,7 +198,7 @@ def _native(x: Tensor, P: int | None, interleaved: bool, each: bool) -> Tensor:
         partner = turned.unflatten(-1, (P, 2)).flip(-1).flatten(-2)
     else:
         cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
-        partner = turned.roll(P, -1)
+        partner = turned.unflatten(-1, (2, P)).flip(-2).flatten(-2)
     y = turned * cos.to(x.dtype) + partner * sin.to(x.dtype)
     return torch.cat([y, rest], -1) if rest.shape[-1] else y
 

@@ -93,7 +93,7 @@ class Run:
         self.trainer = Trainer(
             model, spec.loss(nn), optimizer, scheduler=scheduler, metrics={"val_accuracy": accuracy}, log_every=1, seed=seed, **options
         )  # fmt: skip
-        random_layers = any(isinstance(layer, torch.nn.Dropout) for layer in model.modules())
+        random_layers = any(_draws(layer) for layer in model.modules())
         provider = "eager" if nn is torch.nn else "dlkernels"
         self.history = History(spec.name, provider, parameters, random_layers=random_layers)
 
@@ -112,8 +112,13 @@ class Run:
 
 
 def accuracy(logits: Tensor, y: Tensor) -> Tensor:
-    """The part of the rows whose largest logit is their label's."""
-    return (logits.argmax(1) == y).double().mean()
+    """The part of the rows, or of a text's places, whose largest logit is their label's."""
+    return (logits.argmax(-1) == y).double().mean()
+
+
+def _draws(layer: torch.nn.Module) -> bool:
+    """Whether it drops numbers at random, as an LSTM of several layers may do between them."""
+    return isinstance(layer, torch.nn.Dropout) or (isinstance(layer, torch.nn.RNNBase) and layer.dropout > 0)
 
 
 def learn_one_batch(
