@@ -47,7 +47,7 @@ def randn(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(len(shape) + shape[0]))
 
 
-def same(models: tuple[Any, Any], inputs: list[Tensor], picked: tuple[int, ...] | None = None, **options: Any) -> None:
+def same(models: tuple[Any, Any], inputs: list[Tensor], picked: Any = None, **options: Any) -> None:
     """Results and gradients of every input and parameter; ``picked`` of the inputs are the arguments."""
     found = []
     for model in models:

@@ -115,7 +115,7 @@ def positions_layer(positions: str, context: int, d_model: int) -> torch.nn.Modu
     """What adds positions of this kind to the embeddings."""
     if positions == "learned":
         return dlkernels.nn.LearnedPositions(context, d_model)
-    return dlkernels.nn.SinusoidalPositions(d_model) if positions == "sinusoidal" else _Unchanged()
+    return dlkernels.nn.SinusoidalPositions(d_model, scale=d_model**0.5) if positions == "sinusoidal" else _Unchanged()
 
 
 def choose(

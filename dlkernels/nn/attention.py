@@ -1,6 +1,6 @@
 """Multi-head attention: torch.nn.MultiheadAttention's parameters, initialisation and state_dict over our kernels.
 
-    q, k, v = x Wq, x Wk, x Wv            one product where they come from one tensor; its parts are not copied, the kernel takes any strides
+    q, k, v = x Wq, x Wk, x Wv            one product where they come from one tensor; its parts are used where they lie
     y       = attention(q, k, v) Wo       heads are E / num_heads consecutive numbers of q, k and v
 """
 
@@ -45,7 +45,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     torch's own batched products. A query that sees no key gets zeros, without weights, and NaN with them: torch's answers.
     """
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None, need_weights: bool = True,
         attn_mask: Tensor | None = None, average_attn_weights: bool = True, is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip

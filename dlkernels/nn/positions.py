@@ -24,25 +24,27 @@ def _check_length(name: str, start: int, T: int, max_length: int | None = None) 
 
 
 class SinusoidalPositions(torch.nn.Module):
-    """x ``(*, T, dim)`` plus sin (even places) and cos (odd ones) of t base^(-2i / dim). ``dim`` is even.
+    """``scale`` x ``(*, T, dim)`` plus sin (even places) and cos (odd ones) of t base^(-2i / dim). ``dim`` is even.
+
+    The paper multiplies embeddings by √dim, so that a token is not lost beside its place.
 
     Raises:
         ValueError: ``dim`` is odd. IndexError: ``start`` is negative.
     """
 
-    def __init__(self, dim: int, base: float = 10000.0) -> None:
+    def __init__(self, dim: int, base: float = 10000.0, scale: float = 1.0) -> None:
         super().__init__()
         if dim < 2 or dim % 2:
             raise ValueError(f"dim must be even and positive, got {dim}")
-        self.dim, self.base = dim, base
+        self.dim, self.base, self.scale = dim, base, scale
 
     def forward(self, x: Tensor, start: int = 0) -> Tensor:
         _check_length("SinusoidalPositions", start, x.shape[-2])
         cos, sin = angles_like(x, self.dim, self.base, start)
-        return x + torch.stack([sin, cos], -1).flatten(-2).to(x.dtype)
+        return x * self.scale + torch.stack([sin, cos], -1).flatten(-2).to(x.dtype)
 
     def extra_repr(self) -> str:
-        return f"{self.dim}, base={self.base}"
+        return f"{self.dim}, base={self.base}, scale={self.scale}"
 
 
 class LearnedPositions(torch.nn.Module):

@@ -27,9 +27,10 @@ from .linear import Linear
 __all__ = ["Transformer", "TransformerDecoder", "TransformerDecoderLayer", "TransformerEncoder", "TransformerEncoderLayer"]
 
 
-def _is_plain(layer: Any, kind: type) -> bool:
+def _is_plain(layer: Any, kind: type[torch.nn.Module]) -> bool:
     """Whether calling ``layer`` does what ``kind``'s forward does and nothing else."""
-    return type(layer) is kind and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
+    hooked = any(getattr(layer, f"_{hooks}") for hooks in ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks"))
+    return type(layer) is kind and not hooked
 
 
 def _add_norm(x: Tensor, residual: Tensor, dropout: Any, norm: Any) -> tuple[Tensor, Tensor]:
@@ -71,7 +72,7 @@ class _FeedForward:
 class TransformerEncoderLayer(_FeedForward, torch.nn.TransformerEncoderLayer):
     """``torch.nn.TransformerEncoderLayer``, with its arguments, on our kernels."""
 
-    @wraps(torch.nn.TransformerEncoderLayer.__init__)
+    @wraps(torch.nn.TransformerEncoderLayer.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         _adopt(self)
@@ -93,7 +94,7 @@ class TransformerEncoderLayer(_FeedForward, torch.nn.TransformerEncoderLayer):
 class TransformerDecoderLayer(_FeedForward, torch.nn.TransformerDecoderLayer):
     """``torch.nn.TransformerDecoderLayer``, with its arguments, on our kernels."""
 
-    @wraps(torch.nn.TransformerDecoderLayer.__init__)
+    @wraps(torch.nn.TransformerDecoderLayer.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         _adopt(self)
@@ -141,7 +142,7 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
 class Transformer(torch.nn.Transformer):
     """``torch.nn.Transformer``, with its arguments, on our kernels. Encoders and decoders that are given stay as they are."""
 
-    @wraps(torch.nn.Transformer.__init__)
+    @wraps(torch.nn.Transformer.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         for part, kind in ((self.encoder, torch.nn.TransformerEncoder), (self.decoder, torch.nn.TransformerDecoder)):

@@ -68,11 +68,15 @@ class _Rope(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> Optionals:
-        return None if dy is None else _apply(dy, *ctx.saved_tensors, ctx.interleaved, not ctx.inverse), None, None, None, None
+        cos, sin = ctx.saved_tensors
+        return None if dy is None else _apply(dy, cos, sin, ctx.interleaved, not ctx.inverse), None, None, None, None
 
 
 def _apply(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool = False) -> Tensor:
-    y: Tensor = (apply_function(_Rope, x, cos, sin, interleaved, inverse) if needs_grad(x) else _rope(x, cos, sin, interleaved, inverse))
+    if needs_grad(x):
+        y: Tensor = apply_function(_Rope, x, cos, sin, interleaved, inverse)
+    else:
+        y = _rope(x, cos, sin, interleaved, inverse)
     return y
 
 
@@ -136,14 +140,20 @@ def rope(input: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> 
         raise RuntimeError(f"rope: {misfit}")
     if reason is not None:
         return _reference(input, cos, sin, interleaved)
-    tables = [t.to(statistics_dtype(input)) for t in (cos, sin)]
-    if input.dim() == 4:
-        return _apply(input, *(t if t.dim() == 3 else t[None] for t in tables), interleaved)
-    if cos.dim() > 2:
-        tables = [t.expand(*input.shape[:-3], *t.shape[-2:]) for t in tables]
     heads = input.shape[-3] if input.dim() > 2 else 1
-    x = input.reshape(input.shape[:-3].numel(), heads, *input.shape[-2:])
-    return _apply(x, *(t.reshape(-1 if t.dim() > 2 and t.numel() else 1, *t.shape[-2:]) for t in tables), interleaved).reshape(input.shape)
+    x = input if input.dim() == 4 else input.reshape(input.shape[:-3].numel(), heads, *input.shape[-2:])
+    cos, sin = (_table_in_three(t.to(statistics_dtype(x)), input.shape[:-3]) for t in (cos, sin))
+    return _apply(x, cos, sin, interleaved).view_as(input) if input.dim() != 4 else _apply(x, cos, sin, interleaved)
+
+
+def _table_in_three(table: Tensor, lead: torch.Size) -> Tensor:
+    """[1 or B, T, P] for batch dimensions ``lead``, whose product is B."""
+    if table.dim() == 2:
+        return table[None]
+    if table.dim() > 3:
+        table = table.expand(*lead, *table.shape[-2:])
+        return table.reshape(lead.numel(), *table.shape[-2:])
+    return table
 
 
 Tables = tuple[Tensor, Tensor]
