@@ -4,12 +4,16 @@ digits*   1797 handwritten digits, 8 x 8 pixels, written by 13 people; with scik
           C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998.
 faces     100 faces and 100 pieces of photographs without one, 25 x 25 pixels; with scikit-image. Source: G. B. Huang et al., "Labeled
           Faces in the Wild", 2007.
+eeg       800 samples of the voltages at four places of a head; with matplotlib, among its sample data.
+
+Texts are in data_text.py.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -89,6 +93,29 @@ def faces(seed: int = 0, held_out: int = 50) -> Split:
     x_train, x_val = torch.cat([others[learn], faces[learn]]), torch.cat([others[judge], faces[judge]])
     y_train, y_val = torch.arange(2).repeat_interleave(len(learn)), torch.arange(2).repeat_interleave(len(judge))
     return Split(torch.cat([x_train, x_train.flip(-1)]), y_train.repeat(2), x_val, y_val)
+
+
+@lru_cache(maxsize=4)
+def eeg(window: int = 20, held_out: float = 0.25) -> Split:
+    """The next four voltages [M, 4] from the last ``window`` of each [M, window, 4]; the end of the record is held out.
+
+    Mean and scale come from the part to learn from, and no window reaches from there into the other.
+
+    Raises ``ImportError`` when matplotlib is missing.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("the voltages come with matplotlib, which is missing: pip install dlkernels[course]") from error
+    file = Path(matplotlib.get_data_path()) / "sample_data" / "eeg.dat"
+    record = torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.float64).view(-1, 4)
+    first = int(len(record) * (1 - held_out))
+    record = ((record - record[:first].mean(0)) / record[:first].std(0)).float()
+
+    def windows(part: Tensor) -> tuple[Tensor, Tensor]:
+        return part[:-1].unfold(0, window, 1).transpose(1, 2).contiguous(), part[window:]
+
+    return Split(*windows(record[:first]), *windows(record[first:]))
 
 
 def digits_even_odd(components: int = 20, seed: int = 0) -> Split:

@@ -75,11 +75,11 @@ def draw_losses(losses: dict[str, list[float]], ends: dict[str, dict[int, float]
     """Training losses smoothed, and the held-out loss at several lengths."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
     for (name, values), color in zip(losses.items(), COLORS):
-        smooth = torch.tensor(values).unfold(0, min(20, len(values)), 1).mean(1)
+        smooth = torch.tensor(values).unfold(0, max(1, min(20, len(values) // 4)), 1).mean(1)
         left.plot(smooth, color=color, label=name)
         right.plot(list(ends[name]), list(ends[name].values()), ".-", color=color, label=name)
     left.set(xlabel="step", ylabel="training loss", title="four ways to say where a character stands")
-    right.set(xlabel="characters in the text", ylabel="held-out loss of the last eight", title="read at lengths it was not trained on")
+    right.set(xlabel="characters in view", ylabel="held-out loss", title="read at lengths it was not trained on")
     right.set_xscale("log", base=2)
     right.set_xticks([16, 32, 64, 128, 256], ["16", "32", "64", "128", "256"])
     left.legend(fontsize=8)

@@ -159,14 +159,14 @@ def _random_tokens(B: int, T: int, V: int) -> tuple[Tensor, Tensor]:
 SPECS = [
     ModelSpec(
         name="gpt",
-        title="97x96, 3 blocks of 4 heads, rotary positions, the next character of Python's language reference, 64 characters, batch 32",
-        build=lambda nn: GPT(len(data_text.ALPHABET), 256, 96, 4, 3, dropout=0.0, nn=nn),
+        title="97x64, 2 blocks of 4 heads, rotary positions, the next character of Python's language reference, 64 characters, batch 32",
+        build=lambda nn: GPT(len(data_text.ALPHABET), 256, 64, 4, 2, dropout=0.0, nn=nn),
         batch=lambda: _random_tokens(32, 64, len(data_text.ALPHABET)),
         data=data_text.characters,
         loss=next_token_loss,
         epochs=8,
         batch_size=32,
-        lr=3e-3,
+        lr=5e-3,
         weight_decay=0.1,
     ),
 ]
