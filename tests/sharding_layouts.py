@@ -125,6 +125,15 @@ def attention(mesh: DeviceMesh) -> None:
 
 
 @case
+def rope(mesh: DeviceMesh) -> None:
+    x, shared, own = randn(4, 2, 5, 6), (randn(5, 3), randn(5, 3)), (randn(4, 5, 2), randn(4, 5, 2))
+    for d in (0, 1, 2):
+        for angles in (shared, own):
+            compare(mesh, lambda x, angles=angles: F.rope(x, *(t.detach() for t in angles)), (x,), (Shard(d),), Shard(d))
+    compare(mesh, lambda x, *angles: F.rope(x, *(t.detach() for t in angles), True), (x, *own), (Shard(0), Shard(0), Shard(0)), Shard(0))
+
+
+@case
 def embedding(mesh: DeviceMesh) -> None:
     weight, indices = randn(7, 5), torch.tensor([[1, 2, 1], [6, 1, 0], [3, 1, 1]])
     for by_freq in (False, True):

@@ -1,4 +1,4 @@
-"""What the teaching models share: layers that end in a ReLU, and the first weights that suit one."""
+"""What the teaching models share: layers of which dlkernels.nn makes one kernel and PyTorch several, and first weights."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+import dlkernels.nn
 
 
 class LinearReLU(torch.nn.Linear):
@@ -30,11 +32,41 @@ class BatchNormReLU2d(torch.nn.BatchNorm2d):
         return torch.relu(super().forward(x))
 
 
-TWINS = {layer.__name__: layer for layer in (LinearReLU, ConvReLU2d, BatchNormReLU2d)}
+class LinearGELU(torch.nn.Linear):
+    """gelu(x W^T + b) in PyTorch's own two calls, with the parameter names of ``dlkernels.nn.LinearGELU``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.gelu(super().forward(x))
+
+
+class DropoutAddLayerNorm(torch.nn.LayerNorm):
+    """(LayerNorm(sum), sum) of sum = residual + dropout(x) in PyTorch's own three calls."""
+
+    def __init__(self, normalized_shape: int, p: float = 0.1) -> None:
+        super().__init__(normalized_shape)
+        self.p = p
+
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        total = residual + torch.nn.functional.dropout(x, self.p, self.training)
+        return super().forward(total), total
+
+
+class RotaryPositions(dlkernels.nn.RotaryPositions):
+    """Rotary positions in PyTorch's own calls: each head of x [B, H, T, D] beside the same with its halves swapped."""
+
+    def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+TWINS = {
+    layer.__name__: layer
+    for layer in (LinearReLU, LinearGELU, ConvReLU2d, BatchNormReLU2d, DropoutAddLayerNorm, RotaryPositions)
+}
 
 
 def fused(nn: ModuleType, name: str, *sizes: Any, **options: Any) -> torch.nn.Module:
-    """The namespace's ``LinearReLU``, ``ConvReLU2d`` or ``BatchNormReLU2d``, one kernel, where it has one; otherwise its twin of two."""
+    """The namespace's layer of this name, one kernel, where it has one; otherwise its twin in ``TWINS``, several of PyTorch's."""
     return getattr(nn, name, TWINS[name])(*sizes, **options)
 
 

@@ -6,7 +6,7 @@ import torch
 
 from .. import functional as F
 
-__all__ = ["Linear", "LinearReLU"]
+__all__ = ["Linear", "LinearGELU", "LinearReLU"]
 
 
 class Linear(torch.nn.Linear):
@@ -21,3 +21,10 @@ class LinearReLU(Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return F.linear_relu(input, self.weight, self.bias)
+
+
+class LinearGELU(Linear):
+    """``GELU(Linear(x))`` in one kernel; parameters and state_dict are those of ``Linear``."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.linear_act(input, self.weight, self.bias, "gelu")

@@ -1,0 +1,93 @@
+// rope: pairs of numbers turned by the angle of their position, one pass over memory.
+//
+// A row is the D numbers of one head at one position: its first 2 P are P pairs, the others are copied. A row of cosines and one of sines, P
+// numbers each, serve all heads of a position; they stay in the L1 cache while heads of a position lie side by side, and in L2 otherwise.
+// Halves need no shuffle: the partners of a vector of first numbers are a vector, P further. Interleaved pairs are sorted into two vectors
+// in registers and back. The backward is the same with sines of the other sign.
+#include "rows.h"
+
+namespace {
+
+constexpr const char* ROPE = "rope";
+
+template <class V, int... L> INLINE inline V evens(V a, V b, std::integer_sequence<int, L...>) {
+    return __builtin_shufflevector(a, b, (2 * L)...);
+}
+template <class V, int... L> INLINE inline V odds(V a, V b, std::integer_sequence<int, L...>) {
+    return __builtin_shufflevector(a, b, (2 * L + 1)...);
+}
+// a0 b0 a1 b1 ...: the numbers from lane `Start` of the zipped pairs on.
+template <int Start, class V, int... L> INLINE inline V zipped(V a, V b, std::integer_sequence<int, L...>) {
+    return __builtin_shufflevector(a, b, ((Start + L) / 2 + (L % 2) * int(sizeof...(L)))...);
+}
+
+struct Rotation {
+    int64_t P, D;
+    bool interleaved, inverse;
+
+    // One row; cos and sin are of its position.
+    template <class T, class C> void row(const T* x, T* y, const C* cos, const C* sin) const {
+        constexpr int L = VL<C>;
+        const std::make_integer_sequence<int, L> lanes;
+        const C sign = inverse ? -1 : 1;
+        for (int64_t p = 0; p < P; p += L) {
+            int n = int(std::min<int64_t>(L, P - p));
+            vec<C> c = load(cos + p, n), s = load(sin + p, n) * sign;
+            if (interleaved) {
+                int first = std::min(L, 2 * n), second = 2 * n - first;
+                vec<C> low = load(x + 2 * p, first), high = second ? load(x + 2 * p + L, second) : vec<C>{};
+                vec<C> a = evens(low, high, lanes), b = odds(low, high, lanes), u = a * c - b * s, v = b * c + a * s;
+                store(y + 2 * p, zipped<0>(u, v, lanes), first);
+                if (second) store(y + 2 * p + L, zipped<L>(u, v, lanes), second);
+            } else {
+                vec<C> a = load(x + p, n), b = load(x + P + p, n);
+                store(y + p, a * c - b * s, n);
+                store(y + P + p, b * c + a * s, n);
+            }
+        }
+        memcpy(y + 2 * P, x + 2 * P, (D - 2 * P) * sizeof(T));
+    }
+};
+
+// An uninitialised tensor like x, [B, H, T, D], whose heads and positions lie in memory in the order of x's.
+Tensor empty_like_heads(const Tensor& x) {
+    int64_t sizes[4] = {x.size(0), x.size(1), x.size(2), x.size(3)}, some[4];
+    for (int i = 0; i < 4; i++) some[i] = std::max<int64_t>(1, sizes[i]);
+    bool rows_first = x.stride(1) < x.stride(2);
+    int64_t strides[4] = {some[1] * some[2] * some[3], rows_first ? some[3] : some[2] * some[3], rows_first ? some[1] * some[3] : some[3], 1};
+    return empty_strided(x.scalar_type(), 4, sizes, strides);
+}
+
+Tensor rope(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool inverse) {
+    int64_t B = ranked(ROPE, "x", x, 4).size(0), H = x.size(1), T = x.size(2), D = x.size(3);
+    checked(ROPE, "x", x, x.scalar_type(), {B, H, T, D});
+    int64_t P = ranked(ROPE, "cos", cos, 3).size(2), batches = cos.size(0) == 1 ? 1 : B;
+    checked(ROPE, "cos", cos, statistics_type(x), {batches, T, P});
+    checked(ROPE, "sin", sin, statistics_type(x), {batches, T, P});
+    if (2 * P > D) fail(ROPE, ": cos has ", P, " angles, needs at most ", D / 2, " for heads of ", D);
+    Tensor from = D <= 1 || x.stride(3) == 1 ? x : contiguous_copy(x), coss = dense(cos), sins = dense(sin), y = empty_like_heads(from);
+    bool rows_first = y.stride(1) < y.stride(2);
+    Rotation rotation{P, D, interleaved, inverse};
+    with_type(ROPE, x.scalar_type(), [&](auto type) {
+        using N = decltype(type);
+        using C = compute_t<N>;
+        auto in = static_cast<const N*>(from.data_ptr());
+        auto out = static_cast<N*>(y.data_ptr());
+        auto c = static_cast<const C*>(coss.data_ptr()), s = static_cast<const C*>(sins.data_ptr());
+        int64_t inner = rows_first ? H : T, outer = rows_first ? T : H;
+        auto strip = [&](int64_t m) {  // the rows that lie side by side in y
+            int64_t b = m / outer, o = m % outer;
+            for (int64_t i = 0; i < inner; i++) {
+                int64_t h = rows_first ? i : o, t = rows_first ? o : i, place = ((batches == 1 ? 0 : b) * T + t) * P;
+                const N* source = in + b * from.stride(0) + h * from.stride(1) + t * from.stride(2);
+                rotation.row(source, out + b * y.stride(0) + h * y.stride(1) + t * y.stride(2), c + place, s + place);
+            }
+        };
+        each_row(B * outer, inner * D, strip);
+    });
+    return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(dlkernels, CPU, m) { m.impl("rope", TORCH_BOX(&rope)); }
