@@ -7,7 +7,8 @@ from .registry import OPS
 backend.load()
 
 from . import functional, nn, optim  # noqa: E402
+from .acceleration import accelerate, unaccelerate  # noqa: E402
 from .optim import clip_grad_norm_  # noqa: E402
 
 __version__ = "0.1.0"
-__all__ = ["OPS", "clip_grad_norm_", "explain", "functional", "nn", "optim"]
+__all__ = ["OPS", "accelerate", "clip_grad_norm_", "explain", "functional", "nn", "optim", "unaccelerate"]

@@ -16,6 +16,9 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     _function: Callable[..., Tensor] = staticmethod(F.batch_norm)
 
     def forward(self, input: Tensor) -> Tensor:
+        return self.normalize(input, self._function)
+
+    def normalize(self, input: Tensor, function: Callable[..., Tensor]) -> Tensor:
         """As torch's: statistics of the batch in training and where none are tracked, which ``momentum`` adds to the running ones;
         momentum None gives every batch the same share."""
         self._check_input_dim(input)
@@ -29,7 +32,7 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             tracked.add_(1)
             if momentum is None:
                 momentum = 1.0 / float(tracked)
-        return self._function(input, mean, var, self.weight, self.bias, training, 0.0 if momentum is None else momentum, self.eps)
+        return function(input, mean, var, self.weight, self.bias, training, 0.0 if momentum is None else momentum, self.eps)
 
 
 class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
