@@ -59,7 +59,7 @@ def choose(kernel: str, kind: str, own: int, others: int, head: int, device: Dev
     rows, cols = min(rows, bucket(own)), min(cols, bucket(others))
     if device.lanes == 64:  # AMD keeps what is fetched ahead in registers, and none are left
         stages = 1
-    c = Config(rows, cols, depth, 1, (warps if rows * cols >= 1024 else 4) * 32 // device.lanes, stages, 1)
+    c = Config(rows, cols, depth, 1, (warps if rows * (cols + depth) > 4096 else 4) * 32 // device.lanes, stages, 1)
     for smaller in ({"rows": 64}, {"cols": 32}, {"stages": 1}, {"cols": 16}, {"rows": 32}, {"rows": 16}):
         if shared_bytes(kernel, kind, c) > device.shared:
             c = replace(c, **{name: min(size, getattr(c, name)) for name, size in smaller.items()})
