@@ -39,9 +39,9 @@ def heads(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Ten
 
 def qkv(
     L: int, S: int, D: int, E: int | None = None, B: int = 1, H: int = 2, G: int = 0, dtype: torch.dtype = torch.float32
-) -> list[Tensor]:
-    shapes = (B, H, L, D), (B, G or H, S, D), (B, G or H, S, D if E is None else E)
-    return [heads(*shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes)]
+) -> tuple[Tensor, Tensor, Tensor]:
+    key, value = heads(B, G or H, S, D, dtype=dtype, seed=1), heads(B, G or H, S, D if E is None else E, dtype=dtype, seed=2)
+    return heads(B, H, L, D, dtype=dtype), key, value
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, mask: Any = None, causal: bool = False, scale: float | None = None, gqa: bool = False) -> None:
@@ -117,7 +117,8 @@ def test_any_number_of_batch_dimensions() -> None:
         if lead:
             check(q, k[:1], v[:1], heads(*lead, 5, 7)[:1])
     for dims in ((4, 3, 3), (2, 3, 4), (3, 5, 2)):  # which broadcast
-        check(*(heads(2, 1, 3, n, 4, seed=n)[(0,) * (5 - dim)] for n, dim in zip((5, 7, 7), dims)))
+        q, k, v = (heads(2, 1, 3, n, 4, seed=n)[(0,) * (5 - dim)] for n, dim in zip((5, 7, 7), dims))
+        check(q, k, v)
 
 
 @each_dtype_if_fast
@@ -190,11 +191,12 @@ def test_nothing_gets_through_a_mask(kind: str, bad: float, dtype: torch.dtype) 
     else:
         sees = ((place >= -score.right) & ((score.left < 0) | (place <= score.left)))[:, 0][None, None]
     sees = sees.expand(1, 2, L)
-    clean = gradients(lambda *a: attend(*a, Extras(mask), 0.0, score), q, k, v)
+    call = partial(attend, extras=Extras(mask), p=0.0, score=score)
+    clean = gradients(call, q, k, v)
     for spoiled in (1, 2):
         args = [q, k.clone(), v.clone()]
         args[spoiled][:, :, at, 2] = bad
-        y, dq, dk, dv = gradients(lambda *a: attend(*a, Extras(mask), 0.0, score), *args)
+        y, dq, dk, dv = gradients(call, *args)
         assert torch.equal(y[~sees], clean[0][~sees]) and torch.equal(dq[~sees], clean[1][~sees])
         if spoiled == 2 or bad != bad:
             assert not y[sees].isfinite().all(-1).any()
@@ -232,13 +234,16 @@ def test_score_functions(kind: str, dtype: torch.dtype) -> None:
     mask = heads(1, 4, q.shape[2], k.shape[2], dtype=dtype, seed=9) if kind == "all" else None
     dy = heads(2, 4, q.shape[2], 9, dtype=dtype, seed=3)
 
+    def defined(q: Tensor, k: Tensor, v: Tensor, extras: Extras) -> Tensor:
+        return definition(q, k, v, extras.mask, extras.slopes, None, None, None, 0.0, score)
+
     def run(function: Any, some: torch.dtype) -> Any:
         args = [q.to(some), k.to(some), v.to(some), *([mask.to(some)] if mask is not None else [])]
         extras = Extras(slopes=None if slopes is None else slopes.to(torch.float64 if some == torch.float64 else wide))
         return gradients(lambda q, k, v, m=None: function(q, k, v, extras._replace(mask=m)), *args, dy=dy.to(some))
 
     ours = run(lambda q, k, v, extras: attend(q, k, v, extras, 0.0, score), dtype)
-    theirs, exact = (run(lambda q, k, v, extras: definition(q, k, v, *extras, 0.0, score), some) for some in (dtype, torch.float64))
+    theirs, exact = (run(defined, some) for some in (dtype, torch.float64))
     for i, (a, b, c) in enumerate(zip(ours, theirs, exact, strict=True)):
         assert relative_error(a, c) <= allowed_error(relative_error(b, c), dtype, gradient=i > 0), f"{kind}: result {i}"
 
@@ -260,5 +265,5 @@ def test_packed_sequences_are_each_by_itself(dtype: torch.dtype) -> None:
             for whole, part, x, n in zip(packed, alone, (l, l, s, s), (a, a, b, b), strict=True):
                 assert torch.equal(whole[:, :, x : x + n], part), f"sequence of {a} queries and {b} keys, {score}"
             l, s = l + a, s + b
-        exact = definition(q.double(), k.double(), v.double(), None, None, *starts, None, 0.0, score)
+        exact = definition(q.double(), k.double(), v.double(), None, None, starts[0], starts[1], None, 0.0, score)
         assert relative_error(packed[0], exact) <= allowed_error(torch.finfo(dtype).eps, dtype, gradient=False)

@@ -80,7 +80,7 @@ torch.set_num_threads(2)
 def peak():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
 def run(T):
-    x = torch.randn(1, T, 4, 8, 64).to(torch.{dtype})
+    x = torch.empty(1, T, 4, 8, 64, dtype=torch.{dtype}).normal_()
     q, k, v, dy = (x[:, :, i].transpose(1, 2) for i in range(4))
     q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
     before = peak()

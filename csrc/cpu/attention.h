@@ -23,9 +23,11 @@ constexpr int64_t QUERIES = 64, KEYS = 160;  // of a tile, at most; QUERIES is a
 constexpr int64_t WIDEST = 256;              // numbers of a head
 constexpr double SERIAL_WORK = 1 << 18;      // multiply-adds up to which waking a thread costs more than it saves
 
-// Scratch slots.
-enum { FACTORS, QUERY_PANELS, QUERY_ROWS, KEY_LINES, KEY_PANELS, VALUE_LINES, VALUE_PANELS, CLEAN, SCORES, SLOPES, BIAS, BEND, WEIGHTS, SUMS,
-       DY_PANELS, DY_ROWS, WIDE, DKEY, DVALUE, DQUERY, MASK_SUMS };
+enum {  // scratch slots
+    QUERY_PANELS, QUERY_ROWS, DY_PANELS, DY_ROWS, KEY_LINES, KEY_PANELS, VALUE_LINES, VALUE_PANELS, WIDE, CLEAN,  // operands
+    SCORES, DP, BIAS, BEND, FACTORS, WEIGHTS,                                                                     // tiles
+    SUMS, DQUERY, DKEY, DVALUE, MASK_SUMS                                                                         // results
+};
 
 template <class T> using Multiplier = std::conditional_t<std::is_same_v<T, bf16> && HAS_PAIR_DOT, PairDot<bf16>, Fma<compute_t<T>>>;
 template <class Micro> struct one_vector;  // the same with tiles of one vector, for what is left at the end of a row

@@ -119,13 +119,13 @@ template <class T> struct BackwardHead {
 
   private:
     Tiles tiles() const {
-        C *z = scratch<C, SCORES>(KEYS * LD), *dp = scratch<C, SLOPES>(KEYS * LD), *bend = scratch<C, BEND>(KEYS * LD);
+        C *z = scratch<C, SCORES>(KEYS * LD), *dp = scratch<C, DP>(KEYS * LD), *bend = scratch<C, BEND>(KEYS * LD);
         if constexpr (PAIR == 1) return {z, dp, bend, z, dp, dp};
         Lane* half = scratch<Lane, WEIGHTS>(KEYS * HALF_LD + KEYS / 2 * LD);
         return {z, dp, bend, half, half + KEYS * HALF_LD / 2, half + KEYS * HALF_LD};
     }
 
-    // lse of every query, as a power of 2, infinite where there is none, so that the weights of what lies behind the last one are 0; and delta.
+    // lse of every query, as a power of 2, and delta. It is infinite where there is no query, so that weights are 0 there.
     void statistics(int64_t h, int64_t l, int64_t rows, Rows<T> dy, C* lse, C* delta) const {
         std::fill_n(lse, QUERIES, INF<C>);
         Rows<T> y = a.y.at(q.b, h, q.l + l);
@@ -157,8 +157,8 @@ template <class T> struct BackwardHead {
                 dz *= to_product;
                 if constexpr (PAIR == 1) store(t.weights + at, kept), store(t.lines + at, dz);
                 else {
-                    store(reinterpret_cast<bf16*>(t.weights) + i * HALF_LD + c, kept);
-                    store(reinterpret_cast<bf16*>(t.lines) + i * HALF_LD + c, dz);
+                    store_raw(reinterpret_cast<bf16*>(t.weights) + i * HALF_LD + c, narrow(kept, bf16{}, true));
+                    store_raw(reinterpret_cast<bf16*>(t.lines) + i * HALF_LD + c, narrow(dz, bf16{}, true));
                     if (i % 2) store_raw(t.columns + i / 2 * LD + c, pair_up(before, dz));
                     else if (i + 1 == n) store_raw(t.columns + i / 2 * LD + c, pair_up(dz, vec<C>{}));
                     if (d.dmask) store(t.dp + at, dz);
@@ -206,7 +206,7 @@ template <class T> void attention_backward(const Attention<T>& a, const Gradient
     });
 }
 
-// dmask, of the mask's own sizes: a unit is a block of queries, or all of them where they have one mask, and adds up all heads that share it.
+// dmask, of the mask's own sizes. A unit is a block of queries, or all of them where they have one mask, for all heads that share it.
 template <class T, class M> void mask_gradient(const Attention<T>& a, const Heads<T>& dy, M* dmask) {
     using C = compute_t<T>;
     const int64_t(&size)[4] = a.o.mask.sizes;

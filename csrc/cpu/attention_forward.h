@@ -48,11 +48,12 @@ template <class T> struct ForwardHead {  // keys and values of one head of a seq
         for (int64_t s = first; s < last; s += step) {
             int64_t n = std::min(step, last - s);
             multiply<Micro>(n, rows, a.D, from_line(keys.lines, s), queries, z, LD, false);
-            bool plain = scores.plain(l, rows, s, n);
+            const bool plain = scores.plain(l, rows, s, n);
             if (!plain) scores.apply(z, nullptr, l, rows, s, n);
+            const C scale = C(plain ? a.o.scale * LOG2E : LOG2E);
             const C* factors = a.o.dropout ? scores.dropped(l, s, n) : nullptr;
             for (int64_t j = 0; j < rows; j += Micro::NR)
-                weigh(z + j, weights + j, factors ? factors + j : nullptr, n, C(plain ? a.o.scale * LOG2E : LOG2E), top + j, total + j, shrink + j);
+                weigh(z + j, weights + j, factors ? factors + j : nullptr, n, scale, top + j, total + j, shrink + j);
             for (int64_t r = 0; r < rows; r++)
                 if (shrink[r] != 1)
                     for (int64_t e = 0; e < ld; e += VL<C>) store(sums + r * ld + e, load(sums + r * ld + e) * shrink[r]);
@@ -95,7 +96,8 @@ template <class T> struct ForwardHead {  // keys and values of one head of a seq
     }
 
     // A value that is not finite reaches those queries that see it.
-    void add_spoiled(const Scores<T>& scores, const Lane* weights, C* sums, int64_t ld, int64_t l, int64_t rows, int64_t s, int64_t r) const {
+    void add_spoiled(const Scores<T>& scores, const Lane* weights, C* sums, int64_t ld, int64_t l, int64_t rows, int64_t s,
+                     int64_t r) const {
         for (int64_t i = 0; i < rows; i++) {
             if (!scores.visible(l + i, r)) continue;
             C weight = number(weights[(r - s) / PAIR * LD + i], (r - s) % PAIR);

@@ -37,6 +37,11 @@ template <bool BY_ROW> void load_square(Block<bf16> x, int rows, int kc, pairs (
     if (BY_ROW) transpose(out);
 }
 
+// Two rows as pairs. What is too small to be a normal number may become 0.
+inline pairs pair_up(vec<float> low, vec<float> high) {
+    return lengthen(narrow(low, bf16{}, true)) | lengthen(narrow(high, bf16{}, true)) << 16;
+}
+
 // ---- vdpbf16ps: the same tile as Fma, two k at a time ----------------------------------------------------------------------------------
 
 template <class E, int NV = ::NV> struct PairDot {

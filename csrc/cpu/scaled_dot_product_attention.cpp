@@ -15,7 +15,8 @@ Tensor empty_heads(const Tensor& like, int64_t width) {
     int64_t sizes[4] = {like.size(0), like.size(1), like.size(2), width}, some[4];
     for (int i = 0; i < 4; i++) some[i] = std::max<int64_t>(1, sizes[i]);
     bool rows_first = like.stride(1) < like.stride(2);
-    int64_t strides[4] = {some[1] * some[2] * some[3], rows_first ? some[3] : some[2] * some[3], rows_first ? some[1] * some[3] : some[3], 1};
+    int64_t head = rows_first ? some[3] : some[2] * some[3], row = rows_first ? some[1] * some[3] : some[3];
+    int64_t strides[4] = {some[1] * some[2] * some[3], head, row, 1};
     return empty_strided(like.scalar_type(), 4, sizes, strides);
 }
 
@@ -55,7 +56,7 @@ struct Call {  // the arguments of either op
         bool half = query.element_size() == 2;
         o.mask.kind = dtype == ScalarType::Bool ? MaskKind::BOOLEAN : dtype == query.scalar_type() ? MaskKind::LIKE_QUERY : MaskKind::FLOAT;
         if (o.mask.kind == MaskKind::FLOAT && !(half && dtype == ScalarType::Float))
-            fail(op, ": mask has dtype ", toString(dtype), ", needs Bool, ", toString(query.scalar_type()), " like query, or Float beside a half type");
+            fail(op, ": mask has dtype ", toString(dtype), ", needs Bool, ", toString(query.scalar_type()), " like query, or Float");
         ranked(op, "mask", *mask, 4);
         int64_t full[4] = {B, H, L, S};
         for (int i = 0; i < 4; i++) {

@@ -160,10 +160,10 @@ inline vec<uint32_t> lengthen(bytes b) { return lengthen(__builtin_convertvector
 inline halves shorten(vec<uint32_t> u) { return __builtin_convertvector(u, halves); }
 #endif
 inline vec<float> widen(halves h, bf16) { return bits_as<vec<float>>(lengthen(h) << 16); }
-inline halves narrow(vec<float> v, bf16) {  // round to nearest even; a NaN stays one
+inline halves narrow(vec<float> v, bf16, bool normal = false) {  // round to nearest even; a NaN stays one
 #if defined(__AVX512BF16__) && defined(__AVX512DQ__)
     constexpr int SUBNORMAL = 0x20;  // which the instruction takes for 0
-    if (!_mm512_fpclass_ps_mask(bits_as<__m512>(v), SUBNORMAL)) return bits_as<halves>(_mm512_cvtneps_pbh(bits_as<__m512>(v)));
+    if (normal || !_mm512_fpclass_ps_mask(bits_as<__m512>(v), SUBNORMAL)) return bits_as<halves>(_mm512_cvtneps_pbh(bits_as<__m512>(v)));
 #endif
     vec<uint32_t> u = bits_as<vec<uint32_t>>(v), rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
     return shorten(v != v ? vec<uint32_t>{} + 0x7fc0 : rounded);
@@ -246,16 +246,6 @@ inline vec<float> dot_pairs(vec<float> acc, pairs a, pairs b) {
            bits_as<vec<float>>(a & 0xffff0000u) * bits_as<vec<float>>(b & 0xffff0000u);
 }
 #endif
-
-// Two rows as pairs, rounded to nearest even; a number too small to be normal may become 0.
-inline pairs pair_up(vec<float> low, vec<float> high) {
-#if defined(__AVX512BF16__)
-    halves a = bits_as<halves>(_mm512_cvtneps_pbh(bits_as<__m512>(low))), b = bits_as<halves>(_mm512_cvtneps_pbh(bits_as<__m512>(high)));
-#else
-    halves a = narrow(low, bf16{}), b = narrow(high, bf16{});
-#endif
-    return lengthen(a) | lengthen(b) << 16;
-}
 
 // The tile registers of AMX: eight of 16 rows x 64 bytes. tile_dot: C[16][16] += A[16 rows][16 pairs] B[16 pairs][16 columns].
 #if defined(__AMX_BF16__)

@@ -29,7 +29,7 @@ def heads_of(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tup
     if q[-1] > WIDEST or v[-1] > WIDEST:
         raise Misfit(f"heads have {q[-1]} and {v[-1]} numbers; kernels take at most {WIDEST}")
     if len(q) == 4 and q[:2] == k[:2] == v[:2]:  # the usual case, at a tenth of the cost
-        return q[:1], q[1], q[1]
+        return torch.Size(q[:1]), q[1], q[1]
     hq, hk, hv = ([1, *some[:-2]][-1] for some in (q, k, v))
     try:
         lead = torch.broadcast_shapes(q[:-3], k[:-3], v[:-3])
