@@ -16,7 +16,7 @@ TILES: dict[str, dict[str, dict[int, tuple[int, int, int, int]]]] = {
     "forward": {
         "half": {64: (128, 128, 8, 3), 128: (128, 64, 8, 3), 256: (128, 64, 8, 2)},
         "tf32": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2)},
-        "float": {64: (64, 32, 8, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 2)},
+        "float": {64: (64, 32, 8, 2), 128: (32, 32, 8, 1), 256: (32, 32, 8, 2)},
         "double": {64: (32, 32, 4, 1), 128: (32, 16, 4, 1), 256: (16, 16, 4, 1)},
     },
     "dquery": {
@@ -28,7 +28,7 @@ TILES: dict[str, dict[str, dict[int, tuple[int, int, int, int]]]] = {
     "dkey": {
         "half": {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 16, 8, 2)},
         "tf32": {64: (64, 64, 8, 1), 128: (64, 32, 8, 1), 256: (32, 16, 8, 1)},
-        "float": {64: (64, 32, 8, 2), 128: (32, 32, 8, 1), 256: (32, 16, 8, 1)},
+        "float": {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (32, 16, 8, 1)},
         "double": {64: (32, 16, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 8, 1)},
     },
 }
@@ -55,11 +55,13 @@ def choose(kernel: str, kind: str, own: int, others: int, head: int, device: Dev
     if measured is not None and shared_bytes(kernel, kind, measured) <= device.shared:
         return measured
     depth = width(head)
-    rows, cols, warps, stages = TILES[kernel][kind][max(64, depth)]
-    rows, cols = min(rows, bucket(own)), min(cols, bucket(others))
+    most, cols, warps, stages = TILES[kernel][kind][max(64, depth)]
+    rows, cols = min(most, bucket(own)), min(cols, bucket(others))
+    if rows < most and rows * (cols + depth) <= 4096:
+        warps = 4
     if device.lanes == 64:  # AMD keeps what is fetched ahead in registers, and none are left
         stages = 1
-    c = Config(rows, cols, depth, 1, (warps if rows * (cols + depth) > 4096 else 4) * 32 // device.lanes, stages, 1)
+    c = Config(rows, cols, depth, 1, warps * 32 // device.lanes, stages, 1)
     for smaller in ({"rows": 64}, {"cols": 32}, {"stages": 1}, {"cols": 16}, {"rows": 32}, {"rows": 16}):
         if shared_bytes(kernel, kind, c) > device.shared:
             c = replace(c, **{name: min(size, getattr(c, name)) for name, size in smaller.items()})
