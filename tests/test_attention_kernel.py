@@ -193,8 +193,6 @@ def test_raw_ops_check_what_the_contract_does_not() -> None:
     assert raw(Q, K, V, None, None, *starts, None, *options)[0].isfinite().all()
     wrong: list[tuple[Any, str]] = [
         ((Q, K, V, None, None, starts[0], None, None), "key_starts"),
-        ((Q, K, V, None, None, torch.tensor([0, 2, 4]), starts[1], None), "query_starts"),
-        ((Q, K, V, None, None, starts[0], torch.tensor([0, 6, 5]), None), "key_starts"),
         ((Q, K, V, None, None, starts[0], torch.tensor([0, 5]), None), "key_starts"),
         ((Q, K, V, BOOL[None, None], None, *starts, None), "mask"),
         ((Q, K, V, None, torch.ones(3), None, None, None), "slopes"),
@@ -202,6 +200,11 @@ def test_raw_ops_check_what_the_contract_does_not() -> None:
         ((heads(1, 2, 3, 257), heads(1, 2, 5, 257), V, *none), "256"),
         ((Q[0], K, V, *none), "query"),
     ]
+    if not SMALL:  # a GPU's launcher doesn't look at numbers that lie there
+        wrong += [
+            ((Q, K, V, None, None, torch.tensor([0, 2, 4]), starts[1], None), "query_starts"),
+            ((Q, K, V, None, None, starts[0], torch.tensor([0, 6, 5]), None), "key_starts"),
+        ]
     for args, word in wrong:
         with pytest.raises(RuntimeError, match=word):
             raw(*args, *options)

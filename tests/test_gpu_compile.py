@@ -182,7 +182,8 @@ def test_a_table_is_written_read_and_used(tmp_path: Path, monkeypatch: pytest.Mo
 def test_shipped_tables_are_valid() -> None:
     for path in config.TABLES.glob("*.json"):
         for name, c in config.read_table(path).items():
-            assert re.fullmatch(r"(forward|dx|dx formed|dweight|dweight formed) (half|tf32|float|double) \d+x\d+x\d+", name), (path, name)
+            product = r"(forward|dx|dx formed|dweight|dweight formed|attention (forward|dquery|dkey|dmask))"
+            assert re.fullmatch(product + r" (half|tf32|float|double) \d+x\d+x\d+", name), (path, name)
             assert c.stages >= 1 and c.split >= 1
 
 

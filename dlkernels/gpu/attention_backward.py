@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_tiles import INF, LOG2E, any_nan, blocks, careful_dot, factors, place, scores, tile
+from .attention_tiles import INF, LOG2E, NARROW, any_nan, blocks, careful_dot, factors, place, scores, tile
 from .philox import as_float64
 
 
@@ -121,8 +121,9 @@ def backward_dquery(
     )  # fmt: skip
     if any_nan(acc) if WINDOW or mask is not None else False:
         acc = dquery_steps(
-            tl.zeros((BM, BD), ACC), q, slopes_y, log_sum, d_row, k, v, mask, slope, seed, l, a, 0, 0, d - a, L, S, row, column,
-            query_starts, strides, around, numbers, dropped, SCORE, BEND, PRECISION, D, E, BN, WINDOW, True, True,
+            tl.zeros((BM, BD), ACC), q, slopes_y, log_sum, d_row, k, v, mask, slope, seed, l, a * (BN // NARROW), 0, 0,
+            (d - a) * (BN // NARROW), L, S, row, column, query_starts, strides, around, numbers, dropped, SCORE, BEND, PRECISION, D, E,
+            NARROW, WINDOW, True, True,
         )  # fmt: skip
     e = tl.arange(0, BD)
     at = b * dq_strides[0] + h * dq_strides[1] + (begin + l).to(tl.int64)[:, None] * dq_strides[2] + e.to(tl.int64)[None, :] * dq_strides[3]

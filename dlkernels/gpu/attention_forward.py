@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_tiles import INF, LN2, LOG2E, any_nan, blocks, careful_dot, factors, place, scores, tile
+from .attention_tiles import INF, LN2, LOG2E, NARROW, any_nan, blocks, careful_dot, factors, place, scores, tile
 from .philox import as_float64
 
 
@@ -107,8 +107,8 @@ def scaled_dot_product_attention_forward(
     if any_nan(acc) if WINDOW or mask is not None else False:
         acc, total, top = tl.zeros((BM, BE), ACC), tl.zeros((BM,), ACC), tl.zeros((BM,), ACC) - INF
         acc, total, top = forward_steps(
-            acc, total, top, q, k, v, mask, slope, seed, l, a, 0, 0, d - a, L, S, row, column, query_starts, strides, around, numbers,
-            dropped, SCORE, PRECISION, D, E, BN, WINDOW, True, True,
+            acc, total, top, q, k, v, mask, slope, seed, l, a * (BN // NARROW), 0, 0, (d - a) * (BN // NARROW), L, S, row, column,
+            query_starts, strides, around, numbers, dropped, SCORE, PRECISION, D, E, NARROW, WINDOW, True, True,
         )  # fmt: skip
 
     none = total == 0

@@ -16,7 +16,7 @@ TILES: dict[str, dict[str, dict[int, tuple[int, int, int, int]]]] = {
     "forward": {
         "half": {64: (128, 128, 8, 3), 128: (128, 64, 8, 3), 256: (128, 64, 8, 2)},
         "tf32": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2)},
-        "float": {64: (64, 32, 8, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 2)},
+        "float": {64: (64, 32, 8, 2), 128: (32, 32, 8, 1), 256: (32, 32, 8, 2)},
         "double": {64: (32, 32, 4, 1), 128: (32, 16, 4, 1), 256: (16, 16, 4, 1)},
     },
     "dquery": {
@@ -26,14 +26,14 @@ TILES: dict[str, dict[str, dict[int, tuple[int, int, int, int]]]] = {
         "double": {64: (32, 16, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 8, 1)},
     },
     "dkey": {
-        "half": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 16, 8, 2)},
+        "half": {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 16, 8, 2)},
         "tf32": {64: (64, 64, 8, 1), 128: (64, 32, 8, 1), 256: (32, 16, 8, 1)},
-        "float": {64: (64, 32, 8, 2), 128: (32, 32, 8, 1), 256: (32, 16, 8, 1)},
+        "float": {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (32, 16, 8, 1)},
         "double": {64: (32, 16, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 8, 1)},
     },
 }
 TILES["dmask"] = TILES["dquery"]
-RESIDENT = {"forward": 1, "dquery": 2, "dkey": 2, "dmask": 0}  # tensors of [rows, D] that a program keeps in shared memory
+RESIDENT = {"forward": 1, "dquery": 2, "dkey": 2, "dmask": 0}  # tensors [rows, D] that stay in shared memory
 SHARE = 256  # keys that are worth a program of their own
 MOST_SHARES = 64
 
@@ -49,15 +49,19 @@ def shared_bytes(kernel: str, kind: str, c: Config) -> int:
 
 
 def choose(kernel: str, kind: str, own: int, others: int, head: int, device: Device) -> Config:
-    """The tile of ``kernel`` ("forward", "dquery", "dkey", "dmask") where a program's own positions are of ``own``, and it goes over
-    ``others``; ``head`` is the larger of the head sizes. ``depth`` is `width(head)`."""
+    """The tile of ``kernel``, a name in ``TILES``, where a program's own positions are of ``own``, and it goes over ``others``; ``head`` is
+    the larger of the head sizes. ``depth`` is `width(head)`."""
     measured = table(device.name).get(key(f"attention {kernel}", kind, own, others, head))
     if measured is not None and shared_bytes(kernel, kind, measured) <= device.shared:
         return measured
     depth = width(head)
-    rows, cols, warps, stages = TILES[kernel][kind][max(64, depth)]
-    rows, cols = min(rows, bucket(own)), min(cols, bucket(others))
-    c = Config(rows, cols, depth, 1, (warps if rows * cols >= 1024 else 4) * 32 // device.lanes, stages, 1)
+    most, cols, warps, stages = TILES[kernel][kind][max(64, depth)]
+    rows, cols = min(most, bucket(own)), min(cols, bucket(others))
+    if rows < most and rows * (cols + depth) <= 4096:
+        warps = 4
+    if device.lanes == 64:  # AMD keeps what is fetched ahead in registers, and none are left
+        stages = 1
+    c = Config(rows, cols, depth, 1, warps * 32 // device.lanes, stages, 1)
     for smaller in ({"rows": 64}, {"cols": 32}, {"stages": 1}, {"cols": 16}, {"rows": 32}, {"rows": 16}):
         if shared_bytes(kernel, kind, c) > device.shared:
             c = replace(c, **{name: min(size, getattr(c, name)) for name, size in smaller.items()})

@@ -10,7 +10,7 @@ r"""What the kernels of scaled_dot_product_attention share: where a program's ti
 * **Packed sequences**: block j of the grid is found in the list of starts by bisection. Sequence i owns the blocks from
   starts[i] / BLOCK + i on, which are enough for it and at most N too many, so the host needs no look at the list.
 * **A NaN that nobody sees** is multiplied by a weight of 0 and would come through. Kernels multiply first and look at their sums after:
-  only where there is a NaN, and something is hidden, the tile is done again with `careful_dot`.
+  only where there is a NaN, and something is hidden, the tile is done again with `careful_dot`, in narrow steps, which cost few registers.
 * Positions within a sequence are 32-bit, element offsets 64-bit.
 """
 
@@ -25,6 +25,7 @@ from .philox import factor, words
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
+NARROW = tl.constexpr(16)
 
 
 @triton.jit
@@ -156,7 +157,7 @@ def factors(seed, row, column, starts, threshold, scale, KEYS: tl.constexpr, QUE
 
 @triton.jit
 def any_nan(x):
-    return tl.max(tl.max((x != x).to(tl.int32), 1), 0) > 0
+    return tl.max((x != x).to(tl.int32)) > 0
 
 
 @triton.jit
@@ -168,5 +169,6 @@ def careful_dot(w, seen, v, acc, PRECISION: tl.constexpr):
     high, low = ((~finite) & ~(v < 0)).to(DTYPE), ((~finite) & ~(v > 0)).to(DTYPE)  # a NaN is both, and inf - inf is NaN
     plus, minus = (seen & (w >= 0)).to(DTYPE), (seen & (w <= 0)).to(DTYPE)  # so is a weight of 0, and 0 inf is NaN
     above = tl.dot(minus, low, tl.dot(plus, high, out_dtype=acc.dtype), out_dtype=acc.dtype)
+    acc += tl.where(above > 0, INF, 0.0)
     below = tl.dot(minus, high, tl.dot(plus, low, out_dtype=acc.dtype), out_dtype=acc.dtype)
-    return acc + tl.where(above > 0, INF, 0.0) - tl.where(below > 0, INF, 0.0)
+    return acc - tl.where(below > 0, INF, 0.0)

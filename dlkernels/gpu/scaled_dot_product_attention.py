@@ -58,7 +58,8 @@ class Call:
         self.score = bits(a), bits(b), bits(scale)
         self.dropout = philox.thresholds(p if seed is not None else 0.0)
         steps = query.stride(), key.stride(), value.stride()
-        self.mask_bits, mask_strides = mask, (0, 0, 0, 0)
+        mask_strides: tuple[int | None, ...] = (0, 0, 0, 0)
+        self.mask_bits = mask
         if mask is not None:
             self.mask_bits = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
             mask_strides = tuple(0 if n == 1 else step for n, step in zip(mask.shape, mask.stride(), strict=True))
@@ -100,7 +101,8 @@ def forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tens
         return y.zero_(), lse.fill_(-float("inf"))
     if call.heads_are_rows(*rest):
         rows, to, to_lse = (t.squeeze(2).unflatten(1, (call.G, call.group)) for t in (query, y, lse[..., None]))
-        run_forward(Call(rows, key, value, *rest[:-3], -1, -1, False), to, to_lse[..., 0])
+        everyone = (*rest[:-3], -1, -1, False)
+        run_forward(Call(rows, key, value, *everyone), to, to_lse[..., 0])
     else:
         run_forward(call, y, lse)
     return y, lse
