@@ -234,6 +234,7 @@ def sweeps(mode: Mode, case: Case, target: str, dtype: torch.dtype = torch.bfloa
         ("sm_90", "half", 2, 128, 300, ("persistent", 64, True)), ("sm_90", "float", 1, 64, 512, ("persistent", 32, False)),
         ("gfx942", "half", 1, 64, 256, ("persistent", 16, True)), ("sm_90", "half", 1, 64, 2048, ("persistent", 64, False)),
         ("sm_90", "half", 1, 1024, 1024, ("steps", 32, False)), ("sm_80", "double", 2, 64, 512, ("steps", 32, False)),
+        ("sm_80", "tf32", 1, 1024, 1024, ("steps", 32, False)), ("gfx942", "half", 2, 2048, 512, ("steps", 32, False)),
     ],
 )  # fmt: skip
 def test_the_plan(target: str, kind: str, D: int, B: int, H: int, wanted: tuple[str, int, bool]) -> None:
@@ -244,6 +245,9 @@ def test_the_plan(target: str, kind: str, D: int, B: int, H: int, wanted: tuple[
     p = plan(kind, 4, D, B, H, device)
     assert (p.name, p.units, p.chunks > 0) == wanted, p
     programs = D * config.ceil_div(B, p.rows) * config.ceil_div(H, p.units)
+    step = (p.units + p.rows) * p.depth
+    numbers = 4 * (p.chunks * p.units * p.depth if p.chunks else p.stages * step)
+    assert numbers * config.BYTES[kind] <= device.shared
     assert p.name != "persistent" or (programs <= device.processors and str(programs) in p.reason)
 
 

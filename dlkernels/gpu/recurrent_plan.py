@@ -44,15 +44,20 @@ def plan(kind: str, gates: int, D: int, B: int, H: int, device: Device) -> Plan:
     steps        a launch per step, where a step is work enough to fill the machine; in a CUDA graph they cost little
     """
     kept = 0 if H % 2 else KEPT.get(kind, 0)  # odd rows are read number by number, whose addresses take the registers of a large tile
-    stages = 4 if kept else 2
+
+    def stages(rows: int, units: int, depth: int) -> int:
+        """As many as shared memory holds, each with a step of W_hh and of h', or da, of every gate."""
+        return max(1, min(4 if kept else 2, (device.shared - SLACK) // (gates * (rows + units) * depth * BYTES[kind])))
 
     def fits(units: int, depth: int) -> bool:
-        numbers = ceil_div(H, depth) * depth * units * gates + ROWS * max(depth, units)
+        numbers = gates * (ceil_div(H, depth) * depth * units + ROWS * max(depth, units))  # W_hh, and h' or da of every gate
         return numbers * BYTES[kind] + SLACK <= device.shared
 
     def cut(name: str, reason: str, units: int, depth: int, keeps: bool) -> Plan:
         warps = max(units // 8, 2) if kind in KEPT else 8  # a tensor core's tile is 8 units wide
-        return Plan(name, reason, ROWS, units, depth, warps, 1 if keeps else stages, ceil_div(H, depth) if keeps else 0)
+        if keeps:
+            return Plan(name, reason, ROWS, units, depth, warps, 1, ceil_div(H, depth))
+        return Plan(name, reason, ROWS, units, depth, warps, stages(ROWS, units, depth))
 
     width = bucket(H)
     depth = width if kept else READ[kind]
@@ -68,4 +73,4 @@ def plan(kind: str, gates: int, D: int, B: int, H: int, device: Device) -> Plan:
     rows, units, warps = STEP[kind]
     programs = D * ceil_div(B, ROWS) * ceil_div(H, UNITS[kind][-1])
     reason = f"{programs} programs do not run at once on {device.processors} multiprocessors"
-    return Plan("steps", reason, rows, units, READ[kind], warps, stages)
+    return Plan("steps", reason, rows, units, READ[kind], warps, stages(rows, units, READ[kind]))
