@@ -44,7 +44,7 @@ def decode(numbers: Iterable[int]) -> str:
 
 @lru_cache(maxsize=4)
 def dates(count: int, seed: int = 0, held_out: bool = False, formats: int = len(FORMATS)) -> tuple[list[str], list[str]]:
-    """``count`` days as the first ``formats`` write them, and in ISO 8601. Every fifth day of the calendar is among those held out, and only there."""
+    """``count`` days as the first ``formats`` write them, and in ISO 8601. Every fifth day of the calendar is held out, and only there."""
     generator = torch.Generator().manual_seed(seed)
     number = torch.randint((LAST - FIRST) // 5, (count,), generator=generator) * 5
     number += 4 if held_out else torch.randint(4, (count,), generator=generator)
