@@ -43,17 +43,17 @@ def decode(numbers: Iterable[int]) -> str:
 
 
 @lru_cache(maxsize=4)
-def dates(count: int, seed: int = 0, held_out: bool = False) -> tuple[list[str], list[str]]:
-    """``count`` days as they are written, and in ISO 8601. Every fifth day of the calendar is among those held out, and only there."""
+def dates(count: int, seed: int = 0, held_out: bool = False, formats: int = len(FORMATS)) -> tuple[list[str], list[str]]:
+    """``count`` days as the first ``formats`` write them, and in ISO 8601. Every fifth day of the calendar is held out, and only there."""
     generator = torch.Generator().manual_seed(seed)
     number = torch.randint((LAST - FIRST) // 5, (count,), generator=generator) * 5
     number += 4 if held_out else torch.randint(4, (count,), generator=generator)
-    forms = torch.randint(len(FORMATS), (count,), generator=generator)
+    forms = torch.randint(formats, (count,), generator=generator)
     days = [datetime.date.fromordinal(FIRST + n) for n in number.tolist()]
     return [written(day, FORMATS[form]) for day, form in zip(days, forms.tolist())], [day.isoformat() for day in days]
 
 
-def pairs(count: int, seed: int = 0, held_out: bool = False) -> tuple[Tensor, Tensor]:
+def pairs(count: int, seed: int = 0, held_out: bool = False, formats: int = len(FORMATS)) -> tuple[Tensor, Tensor]:
     """``dates`` as numbers: source [M, S], and target [M, T] from ``START`` to ``END``."""
-    sources, targets = dates(count, seed, held_out)
+    sources, targets = dates(count, seed, held_out, formats)
     return encode(sources), encode(ALPHABET[START] + text + ALPHABET[END] for text in targets)

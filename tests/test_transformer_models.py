@@ -266,16 +266,16 @@ def test_an_encoder_decoder_learns_to_sort() -> None:
 
 @pytest.mark.slow
 def test_an_encoder_decoder_learns_to_read_dates() -> None:
-    """Written in many ways, of days that it has not seen."""
-    model, generator = EncoderDecoder(len(data_dates.ALPHABET), 64), torch.Generator().manual_seed(0)
-    source, target = data_dates.pairs(8000)
+    """Written in four ways, of days that it has not seen. (All ways take a thousand steps.)"""
+    model, generator = EncoderDecoder(len(data_dates.ALPHABET), 48, n_layers=1), torch.Generator().manual_seed(0)
+    source, target = data_dates.pairs(8000, formats=4)
 
     def loss() -> Tensor:
-        some = torch.randint(len(source), (64,), generator=generator)
+        some = torch.randint(len(source), (48,), generator=generator)
         return next_token_loss(dlkernels.nn)(model(source[some], target[some, :-1]), target[some, 1:])
 
-    fit(model, loss, 1000, 3e-3)
-    x, y = data_dates.pairs(300, 1, held_out=True)
+    fit(model, loss, 400, 1e-2)
+    x, y = data_dates.pairs(300, 1, held_out=True, formats=4)
     found = model.eval().translate(x, data_dates.START, data_dates.END, 12)
     assert sum(data_dates.decode(a) == data_dates.decode(b) for a, b in zip(found, y)) > 270
 
