@@ -1,8 +1,8 @@
-"""Lesson 13: fine-tuning BERT, or how to learn from 600 texts what millions have taught already.
+"""Lesson 13: fine-tuning BERT, or how to learn from 150 texts what millions have taught already.
 
 A network that has read the web needs little to learn something new. You will take MiniLM, a BERT of 6 layers and 22.7 million weights
-(the small sister of the famous one, trained to tell which sentences mean the same), and teach it to say which library a docstring
-is from: by a linear layer on top of it, by training all of it, layer by layer, and with smaller steps for deeper layers.
+(the small sister of the famous one, trained to tell which sentences mean the same), and teach it to say which library a file
+is from, by what it says of itself: by a linear layer on top of it, by training all of it, layer by layer, and with smaller steps for deeper layers.
 The same network with random weights shows what all that reading was worth.
 
 Read beside it: dlkernels/integrations/hf.py, how somebody else's model gets on our kernels. Data: python/docstrings.py.
@@ -30,13 +30,13 @@ from dlkernels.integrations import hf
 logging.disable_progress_bar()
 logging.set_verbosity_error()  # that the pooler's weights are not used is no news
 torch.manual_seed(0)
-EACH, HELD_OUT, STEPS = (6, 8, 2) if QUICK else (150, 60, 50)
+EACH, HELD_OUT, STEPS = (6, 8, 2) if QUICK else (50, 60, 40)
 FOLDER, CLASSES = docstrings.model_folder(), len(LIBRARIES)
 
 # %% [markdown]
 # ## The data
-# 150 docstrings of each of four libraries, the libraries' names taken out. That is little for a network of this
-# size. Words are cut into pieces that the model knows; [CLS] begins, [SEP] ends, [PAD] fills up to 32.
+# The first sentences of the docstrings in 50 files of each of three libraries, the libraries' names taken out. That is little for a
+# network of this size. Words are cut into pieces that the model knows; [CLS] begins, [SEP] ends, [PAD] fills up to 48.
 
 # %%
 title("Data")
@@ -46,7 +46,7 @@ tokenizer.enable_padding(length=TOKENS)
 
 
 def encode(texts: list[str]) -> tuple[Tensor, Tensor]:
-    """Numbers of the pieces [M, 32], and the mask: 1 where there is a piece, 0 where there is filling."""
+    """Numbers of the pieces [M, 48], and the mask: 1 where there is a piece, 0 where there is filling."""
     found = tokenizer.encode_batch(texts)
     return torch.tensor([row.ids for row in found]), torch.tensor([row.attention_mask for row in found])
 
@@ -133,7 +133,7 @@ assert min(cosines[0, 1], cosines[2, 3]) > cosines[:2, 2:].max()
 
 # %% [markdown]
 # ## Feature extraction: a linear layer on a frozen network
-# The network is only read, once for every text; what is trained is a Linear(384, 4), in a blink. Which layer's numbers are best? And what
+# The network is only read, once for every text; what is trained is a Linear(384, 3), in a blink. Which layer's numbers are best? And what
 # would random weights be worth? (Their features are not nothing: a random mean of word vectors still knows which words there are.)
 
 
