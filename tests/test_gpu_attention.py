@@ -39,9 +39,11 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Ten
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE, dtype)
 
 
-def qkv(L: int, S: int, D: int, E: int, B: int = 1, H: int = 2, G: int = 2, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    shapes = (B, H, L, D), (B, G, S, D), (B, G, S, E)
-    return [randn(*shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes)]
+def qkv(
+    L: int, S: int, D: int, E: int, B: int = 1, H: int = 2, G: int = 2, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (randn(*shape, dtype=dtype, seed=i) for i, shape in enumerate([(B, H, L, D), (B, G, S, D), (B, G, S, E)]))
+    return q, k, v
 
 
 def ours(q: Tensor, k: Tensor, v: Tensor, extras: Extras, p: float, score: Score, dy: Tensor) -> list[Tensor]:
@@ -59,7 +61,8 @@ def exact(q: Tensor, k: Tensor, v: Tensor, extras: Extras, p: float, score: Scor
     if extras.mask is not None and extras.mask.dtype != torch.bool:
         leaves.append(extras.mask.double().requires_grad_())
         extras = extras._replace(mask=leaves[3])
-    y = definition(*leaves[:3], *extras, p, score)
+    q, k, v = leaves[:3]
+    y = definition(q, k, v, *extras, p, score)
     return [y, *torch.autograd.grad(y, leaves, dy.double())]
 
 
@@ -116,8 +119,8 @@ def test_dropout_has_the_numbers_of_the_other_twin(rows: int, monkeypatch: pytes
     q, k, v = qkv(70, 21, 5, 8, H=2, G=1)
     check(q, k, v, Extras(seed=seed), 0.4)
     check(q, k, v, Extras(randn(1, 1, 70, 21, seed=9), seed=seed), 0.4)
-    starts = (torch.tensor(some, device=DEVICE) for some in ([0, 33, 70], [0, 20, 21]))
-    check(q, k, v, Extras(None, None, *starts, seed), 0.4)
+    starts, key_starts = (torch.tensor(some, device=DEVICE) for some in ([0, 33, 70], [0, 20, 21]))
+    check(q, k, v, Extras(None, None, starts, key_starts, seed), 0.4)
 
 
 @here

@@ -69,7 +69,7 @@ class Call:
         self.strides = *steps, mask_strides, slope_strides
         self.mode = precision(query.dtype)
         self.kind, self.device = kind_of(query.dtype, self.mode), device_of(query)
-        self.constants = {
+        self.constants: dict[str, Any] = {
             "PRECISION": self.mode, "D": self.D, "E": self.E, "BD": width(self.D), "BE": width(self.E), "WINDOW": left >= 0 or right >= 0,
         }  # fmt: skip
 

@@ -20,7 +20,6 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 import dlkernels.nn
 from dlkernels.models.layers import check_sizes, fused
@@ -81,6 +80,8 @@ class MultiHeadAttention(torch.nn.Module):
             k, v = cache.append(k, v)
         T, S, causal = q.shape[2], k.shape[2], self.causal and mask is None and memory is None
         if causal and T not in (1, S):
+            from torch.nn.attention.bias import causal_lower_right  # takes a second, and only a cache needs it
+
             causal, mask = False, causal_lower_right(T, S)
         y = self.nn[0].functional.scaled_dot_product_attention(q, k, v, mask, is_causal=causal and T == S)
         return self.W_o(y.transpose(1, 2).flatten(2))

@@ -28,7 +28,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from ..backend import apply_function
 from ..contract import (
@@ -47,7 +46,15 @@ from ..registry import Op, register
 from .dropout import draw_seed
 from .scaled_dot_product_attention_raw import UNLIMITED, Extras, Score, backward, forward
 from .scaled_dot_product_attention_reference import definition
-from .scaled_dot_product_attention_shapes import Misfit, heads_in_four, heads_of, mask_in_four, misfit_of_mask, out_of_four
+from .scaled_dot_product_attention_shapes import (
+    Misfit,
+    heads_in_four,
+    heads_of,
+    is_causal_bias,
+    mask_in_four,
+    misfit_of_mask,
+    out_of_four,
+)
 from .scaled_dot_product_attention_sizes import BENCH, DROPOUT_SAMPLES, SAMPLES, cost, make, make_with_dropout
 
 __all__ = ["scaled_dot_product_attention"]
@@ -125,7 +132,7 @@ def _refused(reason: str, query: Tensor, key: Tensor, value: Tensor, mask: Any, 
     if is_spread(query, key, value, mask):
         return on_shards("scaled_dot_product_attention", query, key, value, mask, float(p), *options)
     lengths = key.shape[-2:-1] == value.shape[-2:-1]  # torch reads beyond the shorter one
-    devices = {t.device for t in (query, key, value, mask) if t is not None and not isinstance(t, CausalBias)}
+    devices = {t.device for t in (query, key, value, mask) if t is not None and not is_causal_bias(t)}
     if not lengths or len(devices) > 1 or (mask is not None and options[0] is True):
         raise RuntimeError(f"scaled_dot_product_attention: {reason}")
     names = ("is_causal", "scale", "enable_gqa")
@@ -160,7 +167,7 @@ def scaled_dot_product_attention(
     dtype = autocast_dtype(query) if isinstance(query, Tensor) else None
     if dtype is not None and all(isinstance(t, Tensor) for t in (key, value)):
         query, key, value = in_autocast(dtype, query, key, value)  # type: ignore[assignment]
-        if isinstance(attn_mask, Tensor) and attn_mask.is_floating_point() and not isinstance(attn_mask, CausalBias):
+        if isinstance(attn_mask, Tensor) and attn_mask.is_floating_point() and not is_causal_bias(attn_mask):
             attn_mask = in_autocast(dtype, attn_mask)[0]
     if not isinstance(dropout_p, (int, float)):
         raise TypeError(f"dropout_p must be a number, got {type(dropout_p).__name__}")
@@ -179,8 +186,8 @@ def seeded(
 ) -> Tensor:  # fmt: skip
     """Attention with dropout under a given seed, for arguments that a kernel takes."""
     lead, dim = heads_of(query, key, value, enable_gqa)[0], max(query.dim(), key.dim(), value.dim())
-    lower_right = isinstance(mask, CausalBias) and mask.variant == CausalVariant.LOWER_RIGHT
-    if isinstance(mask, CausalBias):
+    lower_right = is_causal_bias(mask) and mask.variant.name == "LOWER_RIGHT"
+    if is_causal_bias(mask):
         is_causal, mask = True, None
     if mask is not None:
         mask = mask_in_four(mask if mask.dtype == torch.bool or query.dtype != torch.float64 else mask.double(), lead)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import CausalBias
 
 from ..backend import PLAIN_TENSORS, is_tracing
 from .scaled_dot_product_attention_raw import WIDEST, mask_dtypes
@@ -17,6 +17,12 @@ __all__: list[str] = []
 
 class Misfit(Exception):
     """Why arguments do not fit each other."""
+
+
+def is_causal_bias(mask: Any) -> bool:
+    """Whether ``mask`` is a ``torch.nn.attention.bias.CausalBias``. That module takes a second to import; who made one has done so."""
+    module = sys.modules.get("torch.nn.attention.bias")
+    return module is not None and isinstance(mask, module.CausalBias)
 
 
 def heads_of(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[torch.Size, int, int]:
@@ -80,7 +86,7 @@ def misfit_of_mask(query: Tensor, mask: Any, is_causal: bool, shape: tuple[int, 
     """Why no kernel takes this mask for scores of ``shape``, or None."""
     if is_causal:
         return "attn_mask is set together with is_causal=True; needs one of them"
-    if isinstance(mask, CausalBias):
+    if is_causal_bias(mask):
         if (mask.seq_len_q, mask.seq_len_kv) != shape[-2:]:
             return f"attn_mask is for {mask.seq_len_q} queries and {mask.seq_len_kv} keys, got {shape[-2]} and {shape[-1]}"
         return None
