@@ -158,7 +158,7 @@ def test_nothing_but_classes_changes_and_undo_brings_those_back(name: str) -> No
 def samples() -> dict[type, tuple[nn.Module, tuple[Any, ...]]]:
     """A layer of every class that can be swapped, and arguments."""
     x, image = torch.randn(4, 6), torch.randn(2, 6, 8, 8)
-    labels, pair = torch.randint(6, (4,)), (torch.rand(4, 6), torch.rand(4, 6))
+    labels, pair, words = torch.randint(6, (4,)), (torch.rand(4, 6), torch.rand(4, 6)), torch.randn(3, 4, 6)
     made: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
         **dict.fromkeys(("ELU", "GELU", "LeakyReLU", "ReLU", "SiLU", "Sigmoid", "Softplus", "Tanh", "Dropout"), ((), (x,))),
         **dict.fromkeys(("BCELoss", "BCEWithLogitsLoss", "HuberLoss", "L1Loss", "MSELoss", "SmoothL1Loss"), ((), pair)),
@@ -168,6 +168,12 @@ def samples() -> dict[type, tuple[nn.Module, tuple[Any, ...]]]:
         **{name: ((6, 5), (torch.randn(3, 4, 6),)) for name in ("LSTM", "GRU", "RNN")},
         **dict.fromkeys(("LSTMCell", "GRUCell", "RNNCell"), ((6, 5), (x,))),
         **{name: ((), (x.log_softmax(1), labels)) for name in ("CrossEntropyLoss", "NLLLoss")},
+        "MultiheadAttention": ((6, 2), (words, words, words)),
+        "TransformerEncoderLayer": ((6, 2, 8), (words,)), "TransformerDecoderLayer": ((6, 2, 8), (words, words)),
+        "TransformerEncoder": ((nn.TransformerEncoderLayer(6, 2, 8), 1), (words,)),
+        "TransformerDecoder": ((nn.TransformerDecoderLayer(6, 2, 8), 1), (words, words)),
+        "Transformer": ((6, 2, 1, 1, 8), (words, words)),
+        "ConvTranspose1d": ((6, 4, 3), (torch.randn(2, 6, 9),)), "ConvTranspose2d": ((6, 4, 3), (image,)),
         "Linear": ((6, 3), (x,)),
         "Conv1d": ((6, 4, 3), (torch.randn(2, 6, 9),)),
         "Conv2d": ((6, 4, 3), (image,)),

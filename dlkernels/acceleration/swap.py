@@ -7,7 +7,6 @@ be what ``forward`` is about, so then it is left alone.
 
 from __future__ import annotations
 
-import copyreg
 from functools import cache
 from typing import Any
 
@@ -18,7 +17,7 @@ from .. import nn
 OURS: dict[type, type] = {
     getattr(torch.nn, name): ours
     for name, ours in nn._ours.items()
-    if isinstance(ours, type) and getattr(torch.nn, name, None) in ours.__mro__[1:]
+    if isinstance(ours, type) and (getattr(torch.nn, name, None) in ours.__mro__[1:] or issubclass(ours, torch.nn.RNNBase))
 }
 
 # What a subclass may define and still compute what its base does.
@@ -43,6 +42,8 @@ def class_for(module: torch.nn.Module) -> type | str | None:
     if isinstance(module, torch.jit.ScriptModule):
         return "compiled by TorchScript"
     found = next((base for base in kind.__mro__ if base in OURS), None)
+    if found is None and isinstance(module, tuple(OURS.values())):
+        return None
     if found is None:
         return "dlkernels has no kernel for it" if _is_layer(module) else None
     if issubclass(kind, OURS[found]):
@@ -81,11 +82,16 @@ def both(kinds: tuple[type, type]) -> type:
     return derived(kinds[1], kinds, {})
 
 
+def new(kind: type) -> Any:
+    """An empty object of ``kind``. (pickle refuses copyreg.__newobj__ for an object of another class.)"""
+    return object.__new__(kind)
+
+
 def derived(kind: type, bases: tuple[type, ...], members: dict[str, Any]) -> type:
     """A class that calls itself ``kind``. What is pickled or copied is a ``kind``: a class made here has no name to be found by."""
 
     def reduce(self: Any, protocol: Any) -> Any:
-        return copyreg.__newobj__, (kind,), self.__dict__  # type: ignore[attr-defined]
+        return new, (kind,), self.__dict__
 
     identity = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     return type(kind)(kind.__name__, bases, {**identity, "__reduce_ex__": reduce, **members})
