@@ -15,8 +15,8 @@ import dlkernels.nn
 import dlkernels.optim as optim
 from dlkernels import data_dates, data_text
 from dlkernels.models.bert import BERTClassifier
-from dlkernels.models.gpt import GPT, POSITIONS, choose, next_token_loss
-from dlkernels.models.layers import TWINS, fused
+from dlkernels.models.gpt import GPT, POSITIONS, choose
+from dlkernels.models.layers import TWINS, fused, next_token_loss
 from dlkernels.models.seq2seq import EncoderDecoder, RelativeBias
 from dlkernels.models.transformer import KeyValues, MultiHeadAttention, TransformerBlock
 

@@ -11,7 +11,6 @@ While writing, the keys and values of what is there are kept, so that a further 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 
 import dlkernels.nn
 from dlkernels import data_text
-from dlkernels.models.layers import check_sizes, fused
+from dlkernels.models.layers import check_sizes, fused, next_token_loss
 from dlkernels.models.spec import ModelSpec
 from dlkernels.models.transformer import KeyValues, TransformerBlock, check_heads, gpt_init
 
@@ -144,11 +143,6 @@ def choose(
     if top_p is not None:
         p[p.cumsum(1) - p >= top_p * p.sum(1, keepdim=True)] = 0
     return order.gather(1, torch.multinomial(p, 1, generator=generator))
-
-
-def next_token_loss(nn: ModuleType) -> Callable[[Tensor, Tensor], Tensor]:
-    """Mean cross-entropy over all places: logits [B, T, V], tokens [B, T], -100 where none is asked for."""
-    return lambda logits, y: nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
 
 
 def _random_tokens(B: int, T: int, V: int) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
-"""What the teaching models share: layers of which dlkernels.nn makes one kernel and PyTorch several, and first weights."""
+"""What the teaching models share: layers of which dlkernels.nn makes one kernel and PyTorch several, first weights, and a loss."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -95,3 +96,8 @@ def random_batch(x_shape: tuple[int, ...], classes: int) -> tuple[Tensor, Tensor
     """(x, y) of which nothing can be learned, always the same: x normally distributed, y a class for each of its rows."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(x_shape, generator=generator), torch.randint(classes, x_shape[:1], generator=generator)
+
+
+def next_token_loss(nn: ModuleType) -> Callable[[Tensor, Tensor], Tensor]:
+    """Mean cross-entropy over all places: logits [B, T, V], tokens [B, T], -100 where none is asked for."""
+    return lambda logits, y: nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())

@@ -14,7 +14,6 @@ all x_t with their weights, and the batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -24,7 +23,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import dlkernels.nn
 from dlkernels import data_text
-from dlkernels.models.layers import check_sizes
+from dlkernels.models.layers import check_sizes, next_token_loss
 from dlkernels.models.spec import ModelSpec
 
 
@@ -106,11 +105,6 @@ class Forecaster(torch.nn.Module):
         return x[:, -1] + self.fc(self.lstm(x)[0][:, -1])  # what changes is learned, what stays is given
 
 
-def next_character_loss(nn: ModuleType) -> Callable[[Tensor, Tensor], Tensor]:
-    """Mean cross-entropy over all places: logits [B, T, V], characters [B, T]."""
-    return lambda logits, y: nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
-
-
 def _random_tokens(*sizes: int, tokens: int, classes: int = 0) -> tuple[Tensor, Tensor]:
     """(x, y) of which nothing can be learned, always the same; y one of ``classes`` for each row, or else a token for each place."""
     generator = torch.Generator().manual_seed(0)
@@ -147,7 +141,7 @@ SPECS = [
         build=lambda nn: CharLM(len(data_text.ALPHABET), 32, 96, nn=nn),
         batch=lambda: _random_tokens(32, 64, tokens=len(data_text.ALPHABET)),
         data=data_text.characters,
-        loss=next_character_loss,
+        loss=next_token_loss,
         epochs=8,
         batch_size=32,
         lr=1e-2,
