@@ -85,11 +85,16 @@ def _copy_overlapping(flat: Tensor, t: Tensor) -> Tensor:
 
 
 def guard(args: Args, at_end: bool) -> Args:
-    return tuple(guarded(arg, at_end) if isinstance(arg, Tensor) else arg for arg in args)
+    def fenced(arg: Any) -> Any:
+        return [fenced(t) for t in arg] if isinstance(arg, (list, tuple)) else guarded(arg, at_end) if isinstance(arg, Tensor) else arg
+
+    return tuple(fenced(arg) for arg in args)
 
 
 def outputs(func: Any, args: Args) -> dict[str, Tensor]:
-    return {str(i): value for i, value in enumerate(as_tuple(func(*args))) if value is not None}
+    found = as_tuple(func(*args))
+    flat = [t for value in found for t in (value if isinstance(value, list) else [value])]
+    return {str(i): value for i, value in enumerate(flat) if value is not None}
 
 
 def test_the_guard_page_is_there() -> None:
@@ -149,6 +154,9 @@ def spoil(arg: Any) -> list[Any]:
         return [-1, 8, 99, 2**31, 2**63 - 1, -(2**63)]
     if isinstance(arg, float):
         return [float("nan"), float("inf"), -1e300]
+    if isinstance(arg, (list, tuple)) and arg and isinstance(arg[0], Tensor):
+        each = [[*arg[:i], wrong, *arg[i + 1 :]] for i in range(len(arg)) for wrong in spoil(arg[i])]
+        return [[], list(arg[:-1]), [*arg, arg[0]], *each]
     if not isinstance(arg, Tensor):
         return [torch.ones(()), torch.ones(3)]
     shorter = [arg.narrow(d, 0, n - 1).clone() for d, n in enumerate(arg.shape) if n]
