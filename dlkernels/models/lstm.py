@@ -112,29 +112,22 @@ def _random_tokens(*sizes: int, tokens: int, classes: int = 0) -> tuple[Tensor, 
     return x, torch.randint(classes or tokens, sizes[:1] if classes else sizes, generator=generator)
 
 
-_TEXTS = "docstrings of Python, numpy or torch, 40 words, batch 64"
+def _classifier(name: str, kind: type[LSTMClassifier]) -> ModelSpec:
+    return ModelSpec(
+        name=name,
+        title=f"2000x32, two layers {kind.layer} 32 in both directions, 64-3, docstrings of Python, numpy or torch, 40 words, batch 64",
+        build=lambda nn: kind(data_text.WORDS, 32, 32, len(data_text.LIBRARIES), nn=nn),
+        batch=lambda: _random_tokens(64, 40, tokens=data_text.WORDS, classes=len(data_text.LIBRARIES)),
+        data=data_text.docstrings,
+        epochs=6,
+        lr=1e-2,
+        weight_decay=1.0,
+    )
+
 
 SPECS = [
-    ModelSpec(
-        name="lstm",
-        title=f"2000x32, two layers LSTM 32 in both directions, 64-3, {_TEXTS}",
-        build=lambda nn: LSTMClassifier(data_text.WORDS, 32, 32, len(data_text.LIBRARIES), nn=nn),
-        batch=lambda: _random_tokens(64, 40, tokens=data_text.WORDS, classes=len(data_text.LIBRARIES)),
-        data=data_text.docstrings,
-        epochs=6,
-        lr=1e-2,
-        weight_decay=1.0,
-    ),
-    ModelSpec(
-        name="gru",
-        title=f"2000x32, two layers GRU 32 in both directions, 64-3, {_TEXTS}",
-        build=lambda nn: GRUClassifier(data_text.WORDS, 32, 32, len(data_text.LIBRARIES), nn=nn),
-        batch=lambda: _random_tokens(64, 40, tokens=data_text.WORDS, classes=len(data_text.LIBRARIES)),
-        data=data_text.docstrings,
-        epochs=6,
-        lr=1e-2,
-        weight_decay=1.0,
-    ),
+    _classifier("lstm", LSTMClassifier),
+    _classifier("gru", GRUClassifier),
     ModelSpec(
         name="char_lm",
         title="97x32, LSTM 96, 96-97, the next character of Python's language reference, 64 characters, batch 32",

@@ -59,24 +59,22 @@ class _Network(torch.nn.RNNBase):
         if hx is None:
             return [torch.zeros(size, dtype=x.dtype, device=x.device) for size in self._sizes(x, batch_sizes)]
         states = list(hx) if self.mode == "LSTM" else [hx]
-        if single:
-            for name, state in zip(("hx", "cx"), states):
-                if state.dim() != 2:
-                    raise RuntimeError(f"{self._get_name()}: {name} must have 2 dimensions for an input of 2, got {state.dim()}")
-            return [state.unsqueeze(1) for state in states]
+        rank = 2 if single else 3
         for name, state in zip(("hx", "cx"), states):
-            if state.dim() != 3:
-                raise RuntimeError(f"{self._get_name()}: {name} must have 3 dimensions for a batch of sequences, got {state.dim()}")
+            if state.dim() != rank:
+                raise RuntimeError(f"{self._get_name()}: {name} must have {rank} dimensions like the input, got {state.dim()}")
+        if single:
+            return [state.unsqueeze(1) for state in states]
         return states if order is None else [state.index_select(1, order) for state in states]
 
     def _check(self, x: Tensor, batch_sizes: Tensor | None, states: list[Tensor], single: bool) -> None:
         self.check_input(x, batch_sizes)
         for i, (state, wanted) in enumerate(zip(states, self._sizes(x, batch_sizes))):
-            if tuple(state.shape) != tuple(wanted):
+            if state.shape != wanted:
                 first = "B, T, I" if self.batch_first else "T, B, I"
                 hint = f"; the input {tuple(x.shape)} is read as ({first}): is batch_first right?"
                 raise RuntimeError(
-                    f"Expected {'cell' if i else 'hidden'} size {tuple(wanted)} of hx[{i}], got {list(state.shape)}"
+                    f"Expected {'cell' if i else 'hidden'} size {wanted} of hx[{i}], got {list(state.shape)}"
                     f"{hint if batch_sizes is None and not single else ''}"
                 )
 

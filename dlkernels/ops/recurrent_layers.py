@@ -26,9 +26,16 @@ States = tuple[Tensor, ...]  # h0, and c0 of an lstm
 
 
 def _misfit(
-    mode: Mode, x: Tensor, states: States, params: Sequence[Tensor], biases: bool, rows: int, directions: int, batch: int
-) -> str | None:
-    """Which argument has a shape that fits no network of ``rows``, layers times directions. torch's own reads past the end of some."""
+    mode: Mode, x: Tensor, states: States, params: Sequence[Tensor], biases: bool, num_layers: int, bidirectional: bool,
+    batch_first: bool, batch_sizes: Tensor | None,
+) -> str | None:  # fmt: skip
+    """Which argument has a shape that fits no network of this kind. torch's own reads past the end of some."""
+    rank = 3 if batch_sizes is None else 2
+    if x.dim() != rank:
+        return f"input must have {rank} dimensions, got shape {tuple(x.shape)}"
+    batch = x.shape[0 if batch_first else 1] if batch_sizes is None else int(batch_sizes[0])
+    directions = 1 + bidirectional
+    rows = num_layers * directions
     if len(states) != 1 + mode.has_cell:
         return f"hx has {len(states)} tensors, needs {1 + mode.has_cell}"
     if len(params) < 2 or params[1].dim() != 2:
@@ -50,10 +57,10 @@ def _misfit(
     return None
 
 
-def _unsupported(mode: Mode, x: Tensor, states: States, params: Sequence[Tensor], misfit: Callable[[], str | None]) -> str | None:
-    """Why PyTorch's own network runs for these arguments, or None where our kernels do."""
+def _unsupported(mode: Mode, x: Tensor, states: States, params: Sequence[Tensor], *kind: Any) -> str | None:
+    """Why PyTorch's own network runs for these arguments, or None where our kernels do. ``kind``: as of ``_misfit``."""
     named = [("input", x), *(("hx", h) for h in states), *((f"params[{i}]", w) for i, w in enumerate(params))]
-    reason = unsupported(*named) or misfit()
+    reason = unsupported(*named) or _misfit(mode, x, states, params, *kind)
     if reason is not None:
         return reason
     if params[0].shape[0] != mode.gates * params[1].shape[1]:
@@ -75,22 +82,16 @@ def network(
         x, *tensors = in_autocast(dtype, x, *states, *params)  # type: ignore[assignment]
         out = torch.promote_types(x.dtype, out) if mode is GRU else x.dtype
         states, params = tuple(tensors[: len(states)]), tensors[len(states) :]  # type: ignore[assignment, arg-type]
-    directions, each = 1 + bidirectional, 4 if has_biases else 2
-
-    def misfit() -> str | None:
-        if x.dim() != (3 if batch_sizes is None else 2):
-            return f"input must have {3 if batch_sizes is None else 2} dimensions, got shape {tuple(x.shape)}"
-        batch = x.shape[0 if batch_first else 1] if batch_sizes is None else int(batch_sizes[0])
-        return _misfit(mode, x, states, params, has_biases, num_layers * directions, directions, batch)
-
-    reason = _unsupported(mode, x, states, params, misfit)
+    kind = (has_biases, num_layers, bidirectional, batch_first, batch_sizes)
+    reason = _unsupported(mode, x, states, params, *kind)
     if reason is not None:
         options = (has_biases, num_layers, dropout, train, bidirectional, batch_first, batch_sizes)
         if is_spread(x, *states, *params):
             return on_shards("recurrent_network", mode, x, states, params, *options)
-        if (wrong := misfit()) is not None:
-            raise RuntimeError(f"{mode.name}: {wrong}")
+        if misfit := _misfit(mode, x, states, params, *kind):
+            raise RuntimeError(f"{mode.name}: {misfit}")
         return without_kernel(reason, _native, mode, x, states, params, *options, name=mode.name)
+    directions, each = 1 + bidirectional, 4 if has_biases else 2
     if batch_sizes is None:
         steps, batch = x.shape[1::-1] if batch_first else x.shape[:2]
         x = (x.transpose(0, 1) if batch_first else x).reshape(steps * batch, x.shape[2])
@@ -165,26 +166,24 @@ rnn_relu = _of_one_state(RNN_RELU, "A network of plain recurrent layers with rel
 # ---- for OPS: every tensor an argument of its own -----------------------------------------------------------------------------------
 
 
-def _split(mode: Mode, args: Sequence[Any]) -> tuple[States, Sequence[Tensor]]:
-    return tuple(args[: 1 + mode.has_cell]), args[1 + mode.has_cell :]
+def _network_of(mode: Mode, layers: int, bidirectional: bool, tensors: Sequence[Tensor]) -> tuple[States, Sequence[Tensor], bool]:
+    """States, weights, and whether there are biases among them."""
+    states, params = tensors[: 1 + mode.has_cell], tensors[1 + mode.has_cell :]
+    return tuple(states), params, len(params) >= 4 * layers * (1 + bidirectional)
 
 
 def _register(mode: Mode, samples: Sequence[dict[str, Any]], bench: Sequence[dict[str, Any]], quick: Sequence[dict[str, Any]]) -> None:
     def call(x: Tensor, layers: int, bidirectional: bool, *states_and_params: Tensor) -> tuple[Tensor, ...]:
-        states, params = _split(mode, states_and_params)
-        biases = len(params) == 4 * layers * (1 + bidirectional)
+        states, params, biases = _network_of(mode, layers, bidirectional, states_and_params)
         return network(mode, x, states, params, biases, layers, 0.0, True, bidirectional, False, None, False)
 
     def native(x: Tensor, layers: int, bidirectional: bool, *states_and_params: Tensor) -> tuple[Tensor, ...]:
-        states, params = _split(mode, states_and_params)
-        biases = len(params) == 4 * layers * (1 + bidirectional)
+        states, params, biases = _network_of(mode, layers, bidirectional, states_and_params)
         return _native(mode, x, states, params, biases, layers, 0.0, torch.is_grad_enabled(), bidirectional)
 
     def supports(x: Tensor, layers: int, bidirectional: bool, *states_and_params: Tensor) -> str | None:
-        states, params = _split(mode, states_and_params)
-        D = 1 + bidirectional
-        biases = len(params) >= 4 * layers * D
-        return _unsupported(mode, x, states, params, lambda: _misfit(mode, x, states, params, biases, layers * D, D, x.shape[1]))
+        states, params, biases = _network_of(mode, layers, bidirectional, states_and_params)
+        return _unsupported(mode, x, states, params, biases, layers, bidirectional, False, None)
 
     def make(
         factory: Callable[..., Tensor], B: int, T: int, I: int, H: int, layers: int = 1, bidirectional: bool = False, bias: bool = True
