@@ -49,12 +49,6 @@ template <class T> struct Heads {  // [B, heads, rows, width], the width contigu
     Rows<T> at(int64_t b, int64_t h, int64_t r) const { return {p + b * batch + h * head + r * row, row}; }
 };
 
-template <class Lane> struct Strided {  // for A: the numbers for k lie `step` apart, in as many lines
-    const Lane* p;
-    int64_t step;
-    const Lane* operator[](int k) const { return p + k; }
-    Lane of(const Lane* column, int i) const { return column[i * step]; }
-};
 template <class Lane> struct Lines {
     const Lane* p;
     int64_t step;

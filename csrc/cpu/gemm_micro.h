@@ -134,6 +134,12 @@ template <class E> struct Scattered {  // for A: one number is taken at a time
     const E* operator[](int k) const { return p + offset[k]; }
     E of(const E* column, int i) const { return column[place[i]]; }
 };
+template <class Lane> struct Strided {  // for A: rows as they lie in memory, k side by side
+    const Lane* p;
+    int64_t step;
+    const Lane* operator[](int k) const { return p + k; }
+    Lane of(const Lane* column, int i) const { return column[i * step]; }
+};
 
 template <class E, int NV = ::NV> struct Fma {
     using Element = E;

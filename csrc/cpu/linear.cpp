@@ -49,8 +49,7 @@ void weight_gradient(Activation act, Matrix<T> dy, Matrix<T> saved, Matrix<T> x,
     auto A = [=](int64_t r0, int rows, int64_t k0, int kc) {
         return read_dz<E>(act, dy.transposed(), saved.transposed(), r0, rows, k0, kc);
     };
-    auto B = [=](int64_t r0, int rows, int64_t k0, int kc) { return read<E>(x.transposed(), r0, rows, k0, kc); };
-    multiply<T>(N, K, M, A, B, dweight, [=](const auto& t) { store_tile(t, dweight, K); });
+    multiply<T>(N, K, M, A, reader<E>(x.transposed()), dweight, [=](const auto& t) { store_tile(t, dweight, K); });
 }
 
 // One pass over dy and saved for whatever is not null: dz = dy * act'(saved), and dbias, its column sums.

@@ -29,6 +29,10 @@ template <class E, class T> Block<E> read(Matrix<T> x, int64_t r0, int rows, int
     return along_k ? Block<E>{out, ld, 1} : Block<E>{out, 1, ld};
 }
 
+template <class E, class T> auto reader(Matrix<T> x) {
+    return [x](int64_t r0, int rows, int64_t k0, int kc) { return read<E>(x, r0, rows, k0, kc); };
+}
+
 // out = epilogue(A B), by the micro-kernel that suits the type and the size. `deep` k are packed at a time.
 template <class T, class FA, class FB, class Out, class F>
 void multiply(int64_t M, int64_t N, int64_t K, const FA& A, const FB& B, Out* out, const F& epilogue, int64_t threads = ::threads(),
@@ -60,8 +64,7 @@ void multiply_rows(int64_t M, int64_t N, int64_t K, Matrix<T> x, Matrix<T> weigh
         if (M <= 32 && K > 0 && rows) return tile_product(M, N, K, x.p, x.rs, weight.p, weight.rs, epilogue, split(M, N, K));
     if (rows && (M <= 4 || (M <= (WIDENED ? 32 : 64) && K >= 256)))
         return dot_product(M, N, K, x.p, x.rs, weight.p, weight.rs, epilogue, split(M, N, K));
-    multiply<T>(M, N, K, [=](int64_t r0, int rows, int64_t k0, int kc) { return read<E>(x, r0, rows, k0, kc); },
-                [=](int64_t r0, int rows, int64_t k0, int kc) { return read<E>(weight, r0, rows, k0, kc); }, out, epilogue);
+    multiply<T>(M, N, K, reader<E>(x), reader<E>(weight), out, epilogue);
 }
 
 // out = epilogue(A W), with A a function of the element type that gives its reader.
@@ -69,15 +72,12 @@ template <class T, class FA, class Out, class F>
 void multiply_columns(int64_t M, int64_t N, int64_t K, const FA& A, Matrix<T> weight, Out* out, const F& epilogue) {
     using Thin = std::conditional_t<Dot<T>::PAIRS, PairDot<bf16>, Fma<compute_t<T>>>;
     constexpr int64_t SWEEP_ROWS = 16;
-    auto B = [=](auto element) {
-        return [=](int64_t r0, int rows, int64_t k0, int kc) { return read<decltype(element)>(weight.transposed(), r0, rows, k0, kc); };
-    };
     if (M <= SWEEP_ROWS && weight.cs == 1) {
         using E = typename Thin::Element;
-        sweep_product<Thin>(M, N, K, A(E{}), B(E{}), epilogue, split(M, N, K));
+        sweep_product<Thin>(M, N, K, A(E{}), reader<E>(weight.transposed()), epilogue, split(M, N, K));
     } else {
         using E = element_of<T>;
-        multiply<T>(M, N, K, A(E{}), B(E{}), out, epilogue);
+        multiply<T>(M, N, K, A(E{}), reader<E>(weight.transposed()), out, epilogue);
     }
 }
 

@@ -27,8 +27,7 @@ template <class T> void column_sums(Matrix<T> x, int64_t M, int64_t N, T* out) {
 // out = a^T b, of matrices with a row for every token.
 template <class T> void outer_products(int64_t rows, int64_t columns, int64_t N, Matrix<T> a, Matrix<T> b, T* out) {
     using E = element_of<T>;
-    multiply<T>(rows, columns, N, [=](int64_t r0, int r, int64_t k0, int kc) { return read<E>(a.transposed(), r0, r, k0, kc); },
-                [=](int64_t r0, int r, int64_t k0, int kc) { return read<E>(b.transposed(), r0, r, k0, kc); }, out,
+    multiply<T>(rows, columns, N, reader<E>(a.transposed()), reader<E>(b.transposed()), out,
                 [=](const auto& t) { store_tile(t, out, columns); });
 }
 
@@ -98,9 +97,7 @@ template <class T, class Cell> void steps_back(const Layer& l, const Arrays<T>& 
             };
             rows(0, 0, B);
             Matrix<E> da{carried.row(all, 0), carried.K, 1};
-            auto A = [=](auto element) {
-                return [=](int64_t r0, int r, int64_t k0, int kc) { return read<decltype(element)>(da, r0, r, k0, kc); };
-            };
+            auto A = [=](auto element) { return reader<decltype(element)>(da); };
             multiply_columns(B, H, G * H, A, matrix<T>(l.weight(d, 1)), s, [&](const auto& t) { store_tile(t, s, H); });
             rows(1, B, 0);
         }
@@ -131,9 +128,7 @@ template <class T> void input_gradient(const Layer& l, Matrix<T> da, T* dx) {
             std::copy(w, w + l.G * l.H * l.I, ::data<T>(stacked) + d * l.G * l.H * l.I);
         }
     }
-    auto A = [=](auto element) {
-        return [=](int64_t r0, int r, int64_t k0, int kc) { return read<decltype(element)>(da, r0, r, k0, kc); };
-    };
+    auto A = [=](auto element) { return reader<decltype(element)>(da); };
     multiply_columns(l.N, l.I, K, A, matrix<T>(stacked), dx, [=, I = l.I](const auto& t) { store_tile(t, dx, I); });
 }
 

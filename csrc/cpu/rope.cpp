@@ -4,6 +4,7 @@
 // numbers each, serve all heads of a position; they stay in the L1 cache while heads of a position lie side by side, and in L2 otherwise.
 // Halves need no shuffle: the partners of a vector of first numbers are a vector, P further. Interleaved pairs are sorted into two vectors
 // in registers and back. The backward is the same with sines of the other sign.
+#include "heads.h"
 #include "rows.h"
 
 namespace {
@@ -49,15 +50,6 @@ struct Rotation {
     }
 };
 
-// An uninitialised tensor like x, [B, H, T, D], whose heads and positions lie in memory in the order of x's.
-Tensor empty_like_heads(const Tensor& x) {
-    int64_t sizes[4] = {x.size(0), x.size(1), x.size(2), x.size(3)}, some[4];
-    for (int i = 0; i < 4; i++) some[i] = std::max<int64_t>(1, sizes[i]);
-    bool rows_first = x.stride(1) < x.stride(2);
-    int64_t strides[4] = {some[1] * some[2] * some[3], rows_first ? some[3] : some[2] * some[3], rows_first ? some[1] * some[3] : some[3], 1};
-    return empty_strided(x.scalar_type(), 4, sizes, strides);
-}
-
 Tensor rope(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool inverse) {
     int64_t B = ranked(ROPE, "x", x, 4).size(0), H = x.size(1), T = x.size(2), D = x.size(3);
     checked(ROPE, "x", x, x.scalar_type(), {B, H, T, D});
@@ -65,8 +57,8 @@ Tensor rope(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool inverse) {
     checked(ROPE, "cos", cos, statistics_type(x), {batches, T, P});
     checked(ROPE, "sin", sin, statistics_type(x), {batches, T, P});
     if (2 * P > D) fail(ROPE, ": cos has ", P, " angles, needs at most ", D / 2, " for heads of ", D);
-    Tensor from = D <= 1 || x.stride(3) == 1 ? x : contiguous_copy(x), coss = dense(cos), sins = dense(sin), y = empty_like_heads(from);
-    bool rows_first = y.stride(1) < y.stride(2);
+    Tensor from = with_rows(x), coss = dense(cos), sins = dense(sin), y = empty_heads(from, D);
+    const bool together = rows_first(y);
     Rotation rotation{P, D, interleaved, inverse};
     with_type(ROPE, x.scalar_type(), [&](auto type) {
         using N = decltype(type);
@@ -74,11 +66,11 @@ Tensor rope(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool inverse) {
         auto in = static_cast<const N*>(from.data_ptr());
         auto out = static_cast<N*>(y.data_ptr());
         auto c = static_cast<const C*>(coss.data_ptr()), s = static_cast<const C*>(sins.data_ptr());
-        int64_t inner = rows_first ? H : T, outer = rows_first ? T : H;
+        int64_t inner = together ? H : T, outer = together ? T : H;
         auto strip = [&](int64_t m) {  // the rows that lie side by side in y
             int64_t b = m / outer, o = m % outer;
             for (int64_t i = 0; i < inner; i++) {
-                int64_t h = rows_first ? i : o, t = rows_first ? o : i, place = ((batches == 1 ? 0 : b) * T + t) * P;
+                int64_t h = together ? i : o, t = together ? o : i, place = ((batches == 1 ? 0 : b) * T + t) * P;
                 const N* source = in + b * from.stride(0) + h * from.stride(1) + t * from.stride(2);
                 rotation.row(source, out + b * y.stride(0) + h * y.stride(1) + t * y.stride(2), c + place, s + place);
             }

@@ -1,24 +1,12 @@
 // scaled_dot_product_attention: the ops, with every argument checked. attention.h says how the work is cut.
 #include "attention_backward.h"
+#include "heads.h"
 
 namespace {
 
 constexpr const char* FORWARD = "scaled_dot_product_attention_forward";
 constexpr const char* BACKWARD = "scaled_dot_product_attention_backward";
 using Optional = std::optional<Tensor>;
-
-// The tensor itself where the numbers of a head lie side by side, else a copy.
-Tensor with_rows(const Tensor& t) { return t.size(3) <= 1 || t.stride(3) == 1 ? t : contiguous_copy(t); }
-
-// An uninitialised [B, heads, rows, width] whose heads and rows lie in memory in the order of those of `like`.
-Tensor empty_heads(const Tensor& like, int64_t width) {
-    int64_t sizes[4] = {like.size(0), like.size(1), like.size(2), width}, some[4];
-    for (int i = 0; i < 4; i++) some[i] = std::max<int64_t>(1, sizes[i]);
-    bool rows_first = like.stride(1) < like.stride(2);
-    int64_t head = rows_first ? some[3] : some[2] * some[3], row = rows_first ? some[1] * some[3] : some[3];
-    int64_t strides[4] = {some[1] * some[2] * some[3], head, row, 1};
-    return empty_strided(like.scalar_type(), 4, sizes, strides);
-}
 
 struct Call {  // the arguments of either op
     const char* op;

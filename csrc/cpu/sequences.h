@@ -40,14 +40,6 @@ inline std::vector<Share> shares(int64_t D, int64_t B, int64_t threads) {
     return all;
 }
 
-// Rows of A as they lie, k side by side.
-template <class Lane> struct Rows {
-    const Lane* p;
-    int64_t ld;
-    const Lane* operator[](int k) const { return p + k; }
-    Lane of(const Lane* column, int i) const { return column[i * ld]; }
-};
-
 // W in panels: for every NR units, for every KC of k, one for each gate.
 template <class Micro> struct Panels {
     using E = typename Micro::Element;
@@ -87,7 +79,7 @@ template <class Micro> struct Panels {
                 int kc = std::min<int64_t>(KC, K - k);
                 const E* next = panel + Micro::panel(NR, kc);
                 for (int64_t j = 0; j < n; j += MR) {
-                    Rows<Lane> rows{reinterpret_cast<const Lane*>(a + j * lda + k), lda / PER};
+                    Strided<Lane> rows{reinterpret_cast<const Lane*>(a + j * lda + k), lda / PER};
                     Spaced<Lane> columns{reinterpret_cast<const Lane*>(panel), NR};
                     Micro::tile_at(std::min<int64_t>(MR, n - j), kc, rows, columns, sums + (j * gates + g) * NR, gates * NR, k > 0, next);
                 }
