@@ -30,7 +30,6 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from dlkernels import OPS
-from dlkernels.backend import TRITON_ON_CPU
 from dlkernels.registry import Op
 
 
@@ -291,13 +290,3 @@ def test_saved_tensor_hooks_and_checkpointing(op: Op) -> None:
     with torch.autograd.graph.save_on_cpu():
         assert_same_bits(results(op, op.call, args, dys), plain, f"{op.name} with saved tensors moved")
     assert_same_bits(results(op, checkpointed, args, dys), plain, f"{op.name} checkpointed")
-
-
-@each_op
-def test_every_raw_op_is_wired_to_a_triton_launcher(op: Op) -> None:
-    pytest.importorskip("triton")
-    from dlkernels import gpu
-
-    for raw in op.raw:
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"dlkernels::{raw}", "CPU" if TRITON_ON_CPU else "CUDA")
-        assert callable(gpu.implementations()[raw])

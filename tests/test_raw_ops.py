@@ -5,13 +5,16 @@ from __future__ import annotations
 import resource
 from typing import Any
 
+import pytest
 import torch
-from support import Args, isolated, raw_calls, run_child
+from support import Args, each_op, isolated, raw_calls, run_child
 from test_bad_input import check_as_torch, outcome
 from torch import Tensor
 
 import dlkernels.functional as F
 from dlkernels import OPS
+from dlkernels.backend import TRITON_ON_CPU
+from dlkernels.registry import Op
 
 
 def test_raw_ops_refuse_spoiled_arguments() -> None:
@@ -113,3 +116,13 @@ def test_dtensor() -> None:
             raise AssertionError("the raw op took a DTensor")
     check_as_torch(x, spread[1])
     dist.destroy_process_group()
+
+
+@each_op
+def test_every_raw_op_is_wired_to_a_triton_launcher(op: Op) -> None:
+    pytest.importorskip("triton")
+    from dlkernels import gpu
+
+    for raw in op.raw:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"dlkernels::{raw}", "CPU" if TRITON_ON_CPU else "CUDA")
+        assert callable(gpu.implementations()[raw])
