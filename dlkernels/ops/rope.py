@@ -143,7 +143,8 @@ def rope(input: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> 
     heads = input.shape[-3] if input.dim() > 2 else 1
     x = input if input.dim() == 4 else input.reshape(input.shape[:-3].numel(), heads, *input.shape[-2:])
     cos, sin = (_table_in_three(t.to(statistics_dtype(x)), input.shape[:-3]) for t in (cos, sin))
-    return _apply(x, cos, sin, interleaved).view_as(input) if input.dim() != 4 else _apply(x, cos, sin, interleaved)
+    y = _apply(x, cos, sin, interleaved)
+    return y if input.dim() == 4 else y.view_as(input)
 
 
 def _table_in_three(table: Tensor, lead: torch.Size) -> Tensor:
