@@ -153,10 +153,11 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, 
 
 @rule
 def conv2d_act(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int, activation: str, slope: float
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int, activation: str, slope: float,
+    winograd: bool,
+) -> Tensor:  # fmt: skip
     def compute(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.conv2d_act(x, weight, bias, stride, padding, dilation, groups, activation, slope)
+        return F.conv2d_act(x, weight, bias, stride, padding, dilation, groups, activation, slope, winograd=winograd)
 
     tensors = {"input": x, "weight": weight, "bias": bias}
     return run("conv2d" if activation == "none" else f"conv2d_{activation}", tensors, _images_or_filters(x, 0, groups), compute)

@@ -76,6 +76,23 @@ struct Activation {
         }
     }
 
+    // The same for one vector, where `with` would compile a whole kernel once for every activation: all but the commonest are called.
+    template <class T> INLINE vec<T> value(vec<T> z) const {
+        if (code == NONE) return z;
+        return code == RELU ? (z < 0 ? vec<T>{} : z) : called_value<T>(z);
+    }
+    template <class T> INLINE vec<T> slope(vec<T> dy, vec<T> saved) const {
+        return code == RELU ? (saved <= 0 ? vec<T>{} : dy) : called_slope<T>(dy, saved);
+    }
+    template <class T> __attribute__((noinline)) vec<T> called_value(vec<T> z) const {
+        with<T>([&](auto f, auto) { z = f(z); });
+        return z;
+    }
+    template <class T> __attribute__((noinline)) vec<T> called_slope(vec<T> dy, vec<T> saved) const {
+        with<T>([&](auto, auto f) { dy = f(dy, saved); });
+        return dy;
+    }
+
     // y = act(sums + bias), and z = sums + bias where it is asked for; bias and z may be null.
     template <class S, class T> void apply(const S* sums, const T* bias, T* y, T* z, int n) const {
         with<S>([=](auto value, auto) {

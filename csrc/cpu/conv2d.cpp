@@ -14,21 +14,19 @@ void sums_and_slopes(const Channels<T, MEMORY>& all, Activation act, const T* dy
     using S = compute_t<T>;
     int64_t groups = all.groups(), blocks = all.blocks();
     std::vector<S> partial(blocks * all.padded());
-    act.with<S>([&](auto, auto gradient) {
-        parallel(groups * blocks, [&](int64_t i, int64_t end) {
-            for (; i < end; i++) {
-                int64_t g = i % groups, b = i / groups;
-                typename All::Sums sums;
-                all.each_vector(g, b * All::BLOCK, b * All::BLOCK + all.size_of_block(b), [&](int v, int64_t at, int lanes) INLINE {
-                    auto d = load(dy + at, lanes);
-                    if (saved) d = keep(gradient(d, load(saved + at, lanes)), lanes);
-                    if (dz) store(dz + at, d, lanes);
-                    sums.v[v] += d;
-                });
-                sums.to(partial.data() + b * all.padded() + g * All::GROUP);
-            }
-        }, all.serial());
-    });
+    parallel(groups * blocks, [&](int64_t i, int64_t end) {
+        for (; i < end; i++) {
+            int64_t g = i % groups, b = i / groups;
+            typename All::Sums sums;
+            all.each_vector(g, b * All::BLOCK, b * All::BLOCK + all.size_of_block(b), [&](int v, int64_t at, int lanes) INLINE {
+                auto d = load(dy + at, lanes);
+                if (saved) d = keep(act.slope<S>(d, load(saved + at, lanes)), lanes);
+                if (dz) store(dz + at, d, lanes);
+                sums.v[v] += d;
+            });
+            sums.to(partial.data() + b * all.padded() + g * All::GROUP);
+        }
+    }, all.serial());
     for (int64_t o = 0; dbias && o < all.channels; o++) {
         S total = 0;
         for (int64_t b = 0; b < blocks; b++) total += partial[b * all.padded() + o];
@@ -136,17 +134,18 @@ void activation_gradient(const char* op, Memory memory, Activation act, const Te
 namespace {
 
 Geometry checked_call(const char* op, const Tensor& x, const Tensor& weight, const Ints& stride, const Ints& padding, const Ints& dilation,
-                      int64_t groups) {
+                      int64_t groups, bool winograd) {
     ranked(op, "x", x, 4), ranked(op, "weight", weight, 4);
     Geometry s = checked_geometry(op, x.size(0), x.size(1), x.size(2), x.size(3), weight, stride, padding, dilation, groups);
+    s.winograd = winograd;
     checked(op, "x", x, x.scalar_type(), {s.N, s.C, s.H, s.W});
     checked(op, "weight", weight, x.scalar_type(), {s.O, s.C1, s.R, s.S});
     return s;
 }
 
 std::tuple<Tensor, Tensor> conv2d_forward(Tensor x, Tensor weight, std::optional<Tensor> bias, Ints stride, Ints padding, Ints dilation,
-                                          int64_t groups, int64_t activation, double slope, bool save) {
-    Geometry s = checked_call(FORWARD, x, weight, stride, padding, dilation, groups);
+                                          int64_t groups, bool winograd, int64_t activation, double slope, bool save) {
+    Geometry s = checked_call(FORWARD, x, weight, stride, padding, dilation, groups, winograd);
     if (bias) checked(FORWARD, "bias", *bias, x.scalar_type(), {s.O});
     Activation act = checked_activation(FORWARD, activation, slope);
     Memory memory = format_of(FORWARD, x).memory;
@@ -156,9 +155,9 @@ std::tuple<Tensor, Tensor> conv2d_forward(Tensor x, Tensor weight, std::optional
 }
 
 std::tuple<Tensor, Tensor, Tensor> conv2d_backward(Tensor dy, Tensor x, Tensor weight, std::optional<Tensor> saved, Ints stride,
-                                                   Ints padding, Ints dilation, int64_t groups, int64_t activation, double slope,
-                                                   bool need_dx, bool need_dweight, bool need_dbias) {
-    Geometry s = checked_call(BACKWARD, x, weight, stride, padding, dilation, groups);
+                                                   Ints padding, Ints dilation, int64_t groups, bool winograd, int64_t activation,
+                                                   double slope, bool need_dx, bool need_dweight, bool need_dbias) {
+    Geometry s = checked_call(BACKWARD, x, weight, stride, padding, dilation, groups, winograd);
     checked(BACKWARD, "dy", dy, x.scalar_type(), {s.N, s.O, s.P, s.Q});
     Activation act = checked_activation(BACKWARD, activation, slope);
     if (act.code != NONE && !saved) fail(BACKWARD, ": saved is None, needs what conv2d_forward kept for activation ", activation);

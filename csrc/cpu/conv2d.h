@@ -4,17 +4,23 @@
 //   dx        dx[c, j]     = sum_k weight[c, k] dz[k, j]         k = (o, r, s) at pixels j of x: a bank for each remainder by the stride
 //   dweight   dweight[o,k] = sum_j dz[o, j] x[k, j]              over all places j, in parts that are added in order
 //
-// Filters of one pixel and machines with AMX take patches.h, all others grid.h.
+// Filters of one pixel and machines with AMX take patches.h, all others slide.h or, where it is asked for and pays, winograd.h.
 #pragma once
 #include "patches.h"
 #include "slide.h"
+#include "winograd.h"
 
 template <class T> using direct_micro = std::conditional_t<HAS_PAIR_DOT && std::is_same_v<T, bf16>, PairDot<bf16>, Fma<compute_t<T>>>;
 
 template <class T> constexpr bool ON_TILES = HAS_TILES && sizeof(T) < 8;  // of AMX
+template <class T> constexpr bool IN_SQUARES = !ON_TILES<T> && std::is_same_v<direct_micro<T>, Fma<compute_t<T>>>;  // pairs are as fast
 
 template <class T, Memory MEMORY>
-void filter(int64_t groups, const Filters<T>& filters, const Images<T, MEMORY>& images, const std::vector<Bank<T, MEMORY>>& banks) {
+void filter(const Geometry& s, const Filters<T>& filters, const Images<T, MEMORY>& images, const std::vector<Bank<T, MEMORY>>& banks) {
+    int64_t groups = s.groups;
+    if constexpr (IN_SQUARES<T>)
+        if (s.winograd && banks.size() == 1 && is_3x3(banks[0].h, banks[0].w) && fills_tiles<T>(filters.M))
+            if (Winograd<T, MEMORY>{groups, filters, images, banks[0]}.run()) return;
     bool matrix = MEMORY == Memory::ROWS && banks.size() == 1 && Patches<T, MEMORY>{images, banks[0].h, banks[0].w}.is_matrix();
     if (!ON_TILES<T> && !matrix) return slide<direct_micro<T>>(groups, filters, images, banks);
     for (const auto& bank : banks) multiply_patches(groups, filters, images, bank);
@@ -31,14 +37,15 @@ void forward(const Geometry& s, const T* x, const T* weight, const T* bias, Acti
     int64_t taps = s.R * s.S;
     Bank<T, MEMORY> bank{s.axis(0), s.axis(1), count(s.R), count(s.S), s.S, {y, z, bias, act, s.O, s.P, s.Q, s.P, s.Q, s.Q}};
     bank.result.to = Destination(y, s.N * s.O * s.P * s.Q * int64_t(sizeof(T)));
-    filter<T, MEMORY>(s.groups, {weight, s.O1, s.O1 * s.C1 * taps, s.C1 * taps, s.to_channel, s.to_tap, taps}, {x, s.N, s.C1, s.C, s.H, s.W}, {bank});
+    Filters<T> filters{weight, s.O1, s.O1 * s.C1 * taps, s.C1 * taps, s.to_channel, s.to_tap, taps};
+    filter<T, MEMORY>(s, filters, {x, s.N, s.C1, s.C, s.H, s.W}, {bank});
 }
 
 // The taps of one dimension that reach pixels first, first + stride, ... of the input, and where they then lie in the output.
 struct Reach {
     std::vector<int64_t> taps, at;
     Reach(int64_t count, int64_t stride, int64_t before, int64_t dilation, int64_t first) {
-        for (int64_t t = 0; t < count; t++) {
+        for (int64_t t = count; t-- > 0;) {
             int64_t distance = first + before - t * dilation;
             if (distance % stride == 0) taps.push_back(t), at.push_back(distance / stride);
         }
@@ -57,7 +64,7 @@ template <class T, Memory MEMORY> void input_gradient(const Geometry& s, const T
             banks.emplace_back(Axis{s.P, I, 1, h.at}, Axis{s.Q, L, 1, w.at}, h.taps, w.taps, s.S, result);
         }
     Filters<T> filters{weight, s.C1, s.O1 * s.C1 * taps, s.to_channel, s.C1 * taps, s.to_tap, taps};
-    if (!banks.empty()) filter<T, MEMORY>(s.groups, filters, {dz, s.N, s.O1, s.O, s.P, s.Q}, banks);
+    if (!banks.empty()) filter<T, MEMORY>(s, filters, {dz, s.N, s.O1, s.O, s.P, s.Q}, banks);
 }
 
 // Sums over all places, in parts whose number depends on the sizes alone: a thread computes whole parts, which are added in order.
@@ -72,8 +79,8 @@ template <class T, Memory MEMORY> struct WeightGradient {
     void run(T* dweight) const {
         if (s.N * s.P * s.Q == 0) std::fill_n(dweight, s.O * s.C1 * taps, T{});
         else if (ON_TILES<T> || Patches<T, MEMORY>{x, s.axis(0), s.axis(1)}.is_matrix()) patches(dweight);
-        else if (4 * s.C1 < 3 * round_up(s.C1, Fma<S>::NR)) gathered(dweight);
-        else by_taps(dweight);
+        else if (!fills_tiles<T>(s.C1)) gathered(dweight);
+        else if (!by_squares(dweight)) by_taps(dweight);
     }
 
   private:
@@ -147,6 +154,64 @@ template <class T, Memory MEMORY> struct WeightGradient {
             add(g, data<S>(memory) + g * parts * size, parts, size, width, width, s.O1 * width, 1, dweight);
     }
 
+    // Taps are 3 x 3: sums[e][o][c] over squares, transformed back at the end. Bands are gathered until there are squares enough.
+    // False where that is not allowed, or a sum not finite.
+    bool by_squares(T* dweight) const {
+        if (!IN_SQUARES<T> || !s.winograd || !is_3x3(s.axis(0), s.axis(1))) return false;
+        using Micro = Fma<S>;
+        constexpr int64_t MANY = 112, MR = Micro::MR, NR = Micro::NR;
+        auto [h, w] = std::pair{span(s.axis(0)), span(s.axis(1))};
+        Squares image{ceil_div(s.P, 2), ceil_div(s.Q, 2)};
+        int64_t width = round_up(s.C1, NR), lines = round_up(s.O1, VL<S>), size = 16 * s.O1 * width, panels = ceil_div(s.O1, MR);
+        int64_t rows = std::clamp<int64_t>(MANY / image.columns, 1, image.rows), most = std::max(MANY, rows * image.columns);
+        int64_t bands = ceil_div(image.rows, rows), items = s.N * bands, parts = parts_of(items, size);
+        int64_t shares = std::min(ceil_div(threads(), parts * s.groups), panels);
+        Span here{1, 0, 0};
+        Pixels<T, MEMORY, S> met_in{x, h, w, 2 * rows, 2 * image.columns, width};
+        Pixels<T, MEMORY, S> slopes_in{dz, here, here, 2 * rows, 2 * image.columns, lines};
+        Tensor memory = empty(scalar_type<S>(), {s.groups, parts, size});
+        parallel(s.groups * parts * shares, [&](int64_t i, int64_t end) {
+            auto pixels = met_in, places = slopes_in;
+            S *met = scratch<S, MET>(16 * most * width), *slopes = scratch<S, SLOPES>(16 * most * lines);
+            for (; i < end; i++) {
+                int64_t g = i / (parts * shares), part = i / shares % parts, share = i % shares;
+                int64_t first = items * part / parts, last = items * (part + 1) / parts, held = 0;
+                int64_t m0 = panels * share / shares * MR, m1 = std::min(s.O1, panels * (share + 1) / shares * MR);
+                S* sums = data<S>(memory) + (g * parts + part) * size;
+                pixels.from = x.group(g), places.from = dz.group(g);
+                bool add = false;
+                for (int64_t item = first; item < last; item++) {
+                    int64_t n = item / bands, i0 = item % bands * rows;
+                    Squares band{std::min(rows, image.rows - i0), image.columns};
+                    pixels.fill(n, 2 * i0), band.met<4>(pixel_line, pixels, 0, band.in_image(), met + held * width, most, width);
+                    places.fill(n, 2 * i0), band.met<2>(place_line_back, places, 0, band.in_image(), slopes + held * lines, most, lines);
+                    held += band.in_image();
+                    if (item + 1 < last && held + rows * image.columns <= most) continue;
+                    for (int64_t e = 0; e < 16; e++)
+                        for (int64_t c = 0; c < width; c += NR)
+                            for (int64_t m = m0; m < m1; m += MR) {
+                                Spaced<S> slope{slopes + e * most * lines + m, lines}, pixel{met + e * most * width + c, width};
+                                Micro::tile_at(int(std::min(MR, m1 - m)), int(held), slope, pixel, sums + (e * s.O1 + m) * width + c, width,
+                                               add, slope.p);
+                            }
+                    held = 0, add = true;
+                }
+            }
+        }, double(s.N) * s.P * s.Q * size < SERIAL);
+        for (int64_t g = 0; g < s.groups; g++) {
+            S* sums = data<S>(memory) + g * parts * size;
+            add_parts(sums, parts, size, width);
+            NotFinite<S> found;
+            for (int64_t at = 0; at < s.O1 * width; at += VL<S>)
+                transform<4, 3, vec<S>>(
+                    tap_line_back, [&](int i, int j) INLINE { return load(sums + (i * 4 + j) * s.O1 * width + at); },
+                    [&](int i, int j, vec<S> v) INLINE { store(sums + (i * 3 + j) * s.O1 * width + at, found.see(v)); });
+            if (found.any()) return false;
+            write(g, sums, size, width, s.O1 * width, 1, dweight);
+        }
+        return true;
+    }
+
     // Channels do not: all k of a place are gathered. sums[o][k] or, where that leaves fewer lanes idle, sums[k][o].
     void gathered(T* dweight) const {
         using Micro = Fma<S>;
@@ -175,12 +240,17 @@ template <class T, Memory MEMORY> struct WeightGradient {
             };
         });
         for (int64_t g = 0; g < s.groups; g++)
-            add(g, data<S>(memory) + g * parts * size, parts, size, run, by_k ? 1 : run, by_k ? kt * run : kt, by_k ? kc * run : kc, dweight);
+            add(g, data<S>(memory) + g * parts * size, parts, size, run, by_k ? 1 : run, by_k ? kt * run : kt, by_k ? kc * run : kc,
+                dweight);
     }
 
-    // dweight of a group: filter o is the sum over the parts; tap t and channel c of it stand at sums[o * so + t * st + c * sc].
     void add(int64_t g, S* sums, int64_t parts, int64_t size, int64_t run, int64_t so, int64_t st, int64_t sc, T* dweight) const {
-        int64_t runs = size / run;  // vectors run over what lies side by side
+        add_parts(sums, parts, size, run);
+        write(g, sums, size, so, st, sc, dweight);
+    }
+    // The first of the parts becomes the sum of all; vectors run over what lies side by side.
+    void add_parts(S* sums, int64_t parts, int64_t size, int64_t run) const {
+        int64_t runs = size / run;
         parallel(runs, [&](int64_t r, int64_t end) {
             for (; r < end; r++)
                 for (int64_t k = 0; k < run; k += VL<S>) {
@@ -191,6 +261,9 @@ template <class T, Memory MEMORY> struct WeightGradient {
                     store(at, total, lanes);
                 }
         }, parts == 1 || size <= SERIAL_NUMBERS);
+    }
+    // dweight of a group: tap t and channel c of filter o stand at sums[o * so + t * st + c * sc].
+    void write(int64_t g, const S* sums, int64_t size, int64_t so, int64_t st, int64_t sc, T* dweight) const {
         bool taps_last = s.to_tap == 1;  // in the memory of dweight
         int64_t outer = taps_last ? s.C1 : taps, inner = taps_last ? taps : s.C1, sa = taps_last ? sc : st, sb = taps_last ? st : sc;
         parallel(s.O1, [&](int64_t o, int64_t end) {

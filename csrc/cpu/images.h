@@ -40,6 +40,7 @@ struct Geometry {  // of a call: what stride, padding (top, bottom, left, right)
     int64_t N, C, H, W, O, R, S, groups, P, Q, C1, O1;  // C1 and O1: channels of a group
     int64_t stride[2], before[2], dilation[2];
     int64_t to_channel, to_tap;  // from one to the next in the memory of the filters
+    bool winograd = false;       // wherever it pays
     std::vector<int64_t> taps(int d) const {
         std::vector<int64_t> at(d ? S : R);
         for (size_t t = 0; t < at.size(); t++) at[t] = int64_t(t) * dilation[d] - before[d];
@@ -172,20 +173,18 @@ template <class T, Memory MEMORY> struct Result {
     // them, whole images; put(v, at, lanes) finishes sums and stores them.
     template <class F, class S> void each_run(Place p, int count, const F& f, S) const {
         bool whole = pitch == L && step_h * step_w == 1;
-        act.with<S>([&](auto value, auto) {
-            auto put = [&](vec<S> v, int64_t at, int lanes) {
-                if (z) store(z + at, v, lanes);
-                to.store_part(y + at, value(v), lanes);
-            };
-            for (int j = 0; j < count;) {
-                int64_t left = whole ? (I - p.i) * L - p.l : L - p.l, step = whole ? left : pitch - p.l;
-                int run = int(std::min<int64_t>(count - j, left));
-                if (run > 0) f(j, run, p.n, (p.i * step_h + first_h) * W + p.l * step_w + first_w, put);
-                j += int(std::min<int64_t>(count - j, step));
-                p.l = 0;
-                if (whole || ++p.i == I) p.i = 0, p.n++;
-            }
-        });
+        auto put = [&](vec<S> v, int64_t at, int lanes) {
+            if (z) store(z + at, v, lanes);
+            to.store_part(y + at, act.value<S>(v), lanes);
+        };
+        for (int j = 0; j < count;) {
+            int64_t left = whole ? (I - p.i) * L - p.l : L - p.l, step = whole ? left : pitch - p.l;
+            int run = int(std::min<int64_t>(count - j, left));
+            if (run > 0) f(j, run, p.n, (p.i * step_h + first_h) * W + p.l * step_w + first_w, put);
+            j += int(std::min<int64_t>(count - j, step));
+            p.l = 0;
+            if (whole || ++p.i == I) p.i = 0, p.n++;
+        }
     }
     template <class S, class Put> void write_rows(const Tile<S>& t, int j, int run, int64_t to, const Put& put) const {
         for (int i = 0; i < t.rows; i++, to += H * W) {

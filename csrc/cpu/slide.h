@@ -31,6 +31,10 @@ inline int64_t images_together(int64_t places, int64_t bytes, int64_t images) {
     return std::clamp<int64_t>(ceil_div(ENOUGH, std::max<int64_t>(places, 1)), 1, std::max<int64_t>(most, 1));
 }
 
+// Whether so many channels leave few lanes of a tile idle.
+template <class T> bool fills_tiles(int64_t channels) { return 4 * channels >= 3 * round_up(channels, Fma<compute_t<T>>::NR); }
+
+inline Span span(const Axis& axis) { return {axis.step, axis.at.front(), axis.at.back()}; }
 template <class T, Memory MEMORY> std::pair<Span, Span> spans(const std::vector<Bank<T, MEMORY>>& banks) {
     auto span = [&](auto axis) {
         Span s{axis(banks[0]).step, 0, 0};
@@ -85,29 +89,6 @@ template <class Micro, class T, Memory MEMORY, class Grid> struct Slide {
         return out;
     }
 
-    struct Band { int64_t n, i0, i1; };  // rows of places of an image, or of as many as a grid holds
-
-    // All filters of a bank over a band. Meanwhile the pixels of the next one are fetched.
-    void band(const Grid& grid, const Bank<T, MEMORY>& bank, const Packed& packed, int64_t g, const Band& at, const Band& next) const {
-        constexpr int64_t DEEP = 1024 / sizeof(Lane) * PAIR;
-        if (at.i0 >= bank.result.I || bank.result.L == 0) return;
-        int64_t K = packed.K, parts = K <= DEEP * 3 / 2 ? 1 : ceil_div(K, DEEP);
-        int64_t deep = std::max<int64_t>(PAIR, round_up(ceil_div(K, parts), PAIR)), rows = std::min(at.i1, bank.result.I) - at.i0;
-        Call call{grid, packed, bank.result.of_group(g, M), next, g, at.n, at.i0, K, deep};
-        if (turned) return places_by_filters(call, rows);
-        for (int64_t image = 0; image < grid.images; image++) filters_by_places(call, rows, image);
-    }
-
-  private:
-    void pack_one(Block<E> block, int count, int kc, E* panel) const { (turned ? Micro::pack_b : Micro::pack_a)(block, count, kc, panel); }
-
-    void pack_arranged(const Matrix<T>& weight, int64_t m, int count, int64_t K, E* panel) const {
-        constexpr int64_t DEPTH = 128;
-        for (int64_t k = 0; k < K; k += DEPTH) {
-            int kc = int(std::min(DEPTH, K - k));
-            pack_one(read<E>(weight, m, count, k, kc), count, kc, panel + k * width);
-        }
-    }
     // A few channels at a time, all their taps in one of the orders in which they lie; those of the bank go to their place.
     void pack_taps(const Filters<T>& filters, int64_t g, int64_t m, int count, int64_t C, const std::vector<int64_t>& taps, int64_t inner,
                    E* panel) const {
@@ -136,6 +117,29 @@ template <class Micro, class T, Memory MEMORY, class Grid> struct Slide {
         }
     }
 
+    struct Band { int64_t n, i0, i1; };  // rows of places of an image, or of as many as a grid holds
+
+    // All filters of a bank over a band. Meanwhile the pixels of the next one are fetched.
+    void band(const Grid& grid, const Bank<T, MEMORY>& bank, const Packed& packed, int64_t g, const Band& at, const Band& next) const {
+        constexpr int64_t DEEP = 1024 / sizeof(Lane) * PAIR;
+        if (at.i0 >= bank.result.I || bank.result.L == 0) return;
+        int64_t K = packed.K, parts = K <= DEEP * 3 / 2 ? 1 : ceil_div(K, DEEP);
+        int64_t deep = std::max<int64_t>(PAIR, round_up(ceil_div(K, parts), PAIR)), rows = std::min(at.i1, bank.result.I) - at.i0;
+        Call call{grid, packed, bank.result.of_group(g, M), next, g, at.n, at.i0, K, deep};
+        if (turned) return places_by_filters(call, rows);
+        for (int64_t image = 0; image < grid.images; image++) filters_by_places(call, rows, image);
+    }
+
+  private:
+    void pack_one(Block<E> block, int count, int kc, E* panel) const { (turned ? Micro::pack_b : Micro::pack_a)(block, count, kc, panel); }
+
+    void pack_arranged(const Matrix<T>& weight, int64_t m, int count, int64_t K, E* panel) const {
+        constexpr int64_t DEPTH = 128;
+        for (int64_t k = 0; k < K; k += DEPTH) {
+            int kc = int(std::min(DEPTH, K - k));
+            pack_one(read<E>(weight, m, count, k, kc), count, kc, panel + k * width);
+        }
+    }
     struct Call {
         const Grid& grid;
         const Packed& packed;

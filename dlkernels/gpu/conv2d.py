@@ -56,9 +56,9 @@ def conv2d_backward_dz(
 
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
-    activation: int, slope: float, save: bool,
+    _winograd: bool, activation: int, slope: float, save: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Launcher of the forward kernels; shapes and errors as the op's contract says."""
+    """Launcher of the forward kernels; shapes and errors as the op's contract says. Tensor cores multiply faster than Winograd adds."""
     k, form = windows_of(x, weight, stride, padding, dilation, groups, activation)
     if bias is not None:
         check_tensor("bias", bias, x, (k.O,))
@@ -75,7 +75,7 @@ def forward(
 
 def backward(
     dy: Tensor, x: Tensor, weight: Tensor, saved: Tensor | None, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
-    groups: int, activation: int, slope: float, need_dx: bool, need_dweight: bool, need_dbias: bool,
+    groups: int, _winograd: bool, activation: int, slope: float, need_dx: bool, need_dweight: bool, need_dbias: bool,
 ) -> Gradients:  # fmt: skip
     """Launcher of the backward kernels; shapes and errors as the op's contract says."""
     k, form = windows_of(x, weight, stride, padding, dilation, groups, activation)
@@ -160,7 +160,7 @@ def empty(x: Tensor, shape: Sequence[int], form: torch.memory_format) -> Tensor:
 
 
 IMPLEMENTATIONS = {"conv2d_forward": forward, "conv2d_backward": backward}
-_EXAMPLE = (1, 1), (1, 1, 1, 1), (1, 1), 1, 1, 0.0
+_EXAMPLE = (1, 1), (1, 1, 1, 1), (1, 1), 1, False, 1, 0.0
 EXAMPLES = {
     "conv2d_forward": lambda empty: (_images_of(empty), empty(64, 64, 3, 3), empty(64), *_EXAMPLE, False),
     "conv2d_backward": lambda empty: (

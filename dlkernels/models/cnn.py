@@ -21,7 +21,7 @@ from torch import Tensor
 
 import dlkernels.nn
 from dlkernels import data
-from dlkernels.models.layers import check_sizes, fused, he_init, random_batch
+from dlkernels.models.layers import allow_winograd, check_sizes, fused, he_init, random_batch
 from dlkernels.models.spec import ModelSpec
 
 
@@ -46,6 +46,7 @@ class CNN(torch.nn.Module):
             nn.Flatten(), fused(nn, "LinearReLU", widths[-1] * 4 * 4, hidden), nn.Dropout(dropout), nn.Linear(hidden, num_classes)
         )
         he_init(self)
+        allow_winograd(self)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.features(x))

@@ -84,6 +84,13 @@ def he_init(model: torch.nn.Module) -> None:
             torch.nn.init.zeros_(bias)
 
 
+def allow_winograd(model: torch.nn.Module) -> None:
+    """Convolutions of ours take Winograd's algorithm where it is faster."""
+    for module in model.modules():
+        if isinstance(module, dlkernels.nn.Conv2d):
+            module.winograd = True
+
+
 def check_sizes(**sizes: Any) -> None:
     """Raises ``ValueError`` unless every size is a positive integer, or a sequence of them."""
     for name, value in sizes.items():

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import dlkernels.nn
 from dlkernels import data
-from dlkernels.models.layers import check_sizes, fused, he_init, random_batch
+from dlkernels.models.layers import allow_winograd, check_sizes, fused, he_init, random_batch
 from dlkernels.models.spec import ModelSpec
 
 
@@ -67,6 +67,7 @@ class ResNet(torch.nn.Module):
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(8 * width, num_classes)
         he_init(self)
+        allow_winograd(self)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.maxpool(self.bn1(self.conv1(x)))

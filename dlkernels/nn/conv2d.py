@@ -24,7 +24,8 @@ def convolve(layer: torch.nn.modules.conv._ConvNd, function: Callable[..., Tenso
         input = torch.nn.functional.pad(input, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
         padding = "valid"
     weight, bias = parameters or (layer.weight, layer.bias)
-    return function(input, weight, bias, layer.stride, padding, layer.dilation, layer.groups)
+    options = {"winograd": True} if getattr(layer, "winograd", False) else {}
+    return function(input, weight, bias, layer.stride, padding, layer.dilation, layer.groups, **options)
 
 
 class Conv1d(torch.nn.Conv1d):
@@ -35,7 +36,19 @@ class Conv1d(torch.nn.Conv1d):
 
 
 class Conv2d(torch.nn.Conv2d):
-    """``torch.nn.Conv2d`` on our kernel. Input ``(N, C, H, W)`` or ``(C, H, W)``, contiguous or channels last."""
+    """``torch.nn.Conv2d`` on our kernel. Input ``(N, C, H, W)`` or ``(C, H, W)``, contiguous or channels last.
+
+    ``winograd=True``, an attribute too, allows Winograd's algorithm wherever it is faster: see ``dlkernels.functional.conv2d_act``.
+    """
+
+    winograd = False
+
+    def __init__(self, *args: Any, winograd: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.winograd = winograd
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ", winograd=True" * self.winograd
 
     def forward(self, input: Tensor) -> Tensor:
         return convolve(self, F.conv2d, input)

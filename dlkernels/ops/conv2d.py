@@ -75,7 +75,7 @@ class _Conv2d(torch.autograd.Function):
 
 
 def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, act: Activation, slope: float) -> Tensor:
-    stride, (top, bottom, left, right), dilation, groups = geometry
+    stride, (top, bottom, left, right), dilation, groups = geometry[:4]
     if (top, left) != (bottom, right):
         x, top, left = F.pad(x, (left, right, top, bottom)), 0, 0
     return act.reference(F.conv2d(x, weight, bias, stride, (top, left), dilation, groups), slope, 0.0)
@@ -90,7 +90,7 @@ def _unsupported(
 
 
 def _geometry_or_reason(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: Any
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: Any, winograd: bool = False
 ) -> Geometry | str:
     """How the filter moves, or why no kernel takes these arguments. On the path of every call."""
     reason = unsupported(("input", x), ("weight", weight), optional=(("bias", bias),))
@@ -100,7 +100,7 @@ def _geometry_or_reason(
     if len(x_shape) not in (3, 4) or len(weight_shape) != 4:
         return f"input {tuple(x_shape)}, weight {tuple(weight_shape)} do not fit (N, C, H, W) or (C, H, W), and (O, C / groups, R, S)"
     try:
-        geometry = geometry_of(weight_shape, stride, padding, dilation, groups)
+        geometry = geometry_of(weight_shape, stride, padding, dilation, groups, bool(winograd))
     except ValueError as error:
         return str(error)
     C, O = x_shape[-3], weight_shape[0]
@@ -115,7 +115,7 @@ def _geometry_or_reason(
 
 def conv2d_act(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Numbers = 1, padding: str | Numbers = 0, dilation: Numbers = 1,
-    groups: int = 1, activation: str = "relu", negative_slope: float = 0.01,
+    groups: int = 1, activation: str = "relu", negative_slope: float = 0.01, *, winograd: bool = False,
 ) -> Tensor:  # fmt: skip
     """act(conv2d(input, weight, bias, ...)) in one kernel.
 
@@ -128,6 +128,9 @@ def conv2d_act(
             one more below and to the right).
         activation: one of "none", "relu", "gelu" (erf), "gelu_tanh", "leaky_relu", "sigmoid", "tanh", "silu".
         negative_slope: slope of leaky_relu for z < 0.
+        winograd: allow Winograd's F(2x2, 3x3), forward and backward, on the CPU wherever it is faster: filters 3 x 3 of stride and dilation 1
+            with channels enough to fill vectors, in every dtype that is computed in float32 or float64. What is added differs from the direct
+            sums by rounding, which in a square of 2 x 2 places is that of its largest number.
 
     Returns:
         ``(N, O, P, Q)`` or ``(O, P, Q)`` in the input's dtype; under autocast in its dtype. Channels last where input or weight is.
@@ -139,12 +142,12 @@ def conv2d_act(
     act = ACTIVATIONS.get(activation)
     if act is None:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
-    found = _geometry_or_reason(input, weight, bias, stride, padding, dilation, groups)
+    found = _geometry_or_reason(input, weight, bias, stride, padding, dilation, groups, winograd)
     if isinstance(found, str):
         require_tensors(("input", input), ("weight", weight), optional=(("bias", bias),))
         options = (stride, padding, dilation, groups)
         if is_spread(input, weight, bias):
-            return on_shards("conv2d_act", input, weight, bias, *options, activation, negative_slope)
+            return on_shards("conv2d_act", input, weight, bias, *options, activation, negative_slope, winograd)
 
         def native(*args: Any) -> Tensor:
             return act.reference(F.conv2d(*args), negative_slope, 0.0)
@@ -166,18 +169,18 @@ def conv2d_act(
 
 def conv2d(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Numbers = 1, padding: str | Numbers = 0, dilation: Numbers = 1,
-    groups: int = 1,
+    groups: int = 1, *, winograd: bool = False,
 ) -> Tensor:  # fmt: skip
     """``torch.nn.functional.conv2d``: input ``(N, C, H, W)``, weight ``(O, C / groups, R, S)`` -> ``(N, O, P, Q)``. See ``conv2d_act``."""
-    return conv2d_act(input, weight, bias, stride, padding, dilation, groups, "none")
+    return conv2d_act(input, weight, bias, stride, padding, dilation, groups, "none", winograd=winograd)
 
 
 def conv2d_relu(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Numbers = 1, padding: str | Numbers = 0, dilation: Numbers = 1,
-    groups: int = 1,
+    groups: int = 1, *, winograd: bool = False,
 ) -> Tensor:  # fmt: skip
     """``relu(conv2d(...))`` in one kernel. See ``conv2d_act``."""
-    return conv2d_act(input, weight, bias, stride, padding, dilation, groups, "relu")
+    return conv2d_act(input, weight, bias, stride, padding, dilation, groups, "relu", winograd=winograd)
 
 
 def conv1d(
@@ -215,7 +218,8 @@ def _cost(**size: Any) -> Cost:
     return Cost(flops, 2 * flops, moved, 2 * moved)
 
 
-SAMPLES: list[dict[str, Any]] = [
+Sizes = list[dict[str, Any]]
+SAMPLES: Sizes = [
     {"N": 1, "C": 1, "H": 1, "O": 1, "R": 1},
     {"N": 0, "C": 2, "H": 5, "O": 3, "R": 3},
     {"N": 2, "C": 3, "H": 7, "O": 5, "R": 3, "W": 11, "bias": False},
@@ -234,34 +238,42 @@ _sizes = [
     (4, 48, 33, 80, 5, 1),
 ]  # fmt: skip
 _more: dict[int, dict[str, Any]] = {8: {"groups": 96}, 10: {"dilation": 2, "groups": 4}}
-ROWS: list[dict[str, Any]] = [
+ROWS: Sizes = [
     dict(zip(("N", "C", "H", "O", "R", "stride"), size)) | _more.get(i, {}) for i, size in enumerate(_sizes)
 ]  # fmt: skip
 BENCH = [size | layout for layout in ({}, {"channels_last": True}) for size in ROWS]
 QUICK = [BENCH[i] for i in (2, 0, 13)]
-TINY: list[dict[str, Any]] = [{"N": 1, "C": 3, "H": 8, "O": 8, "R": 3}, {"N": 4, "C": 16, "H": 4, "O": 16, "R": 1}]
+WINOGRAD_SAMPLES: Sizes = [  # forward, dx and dweight take it where O, C and C fill vectors
+    {"N": 1, "C": 2, "H": 4, "O": 24, "R": 3, "W": 5, "padding": "valid", "bias": False},
+    {"N": 2, "C": 24, "H": 3, "O": 5, "R": 3, "W": 6},
+    {"N": 3, "C": 48, "H": 5, "O": 50, "R": 3, "W": 7, "groups": 2},
+    {"N": 2, "C": 32, "H": 1, "O": 40, "R": 3, "W": 9, "padding": 3, "channels_last": True},
+    {"N": 5, "C": 300, "H": 8, "O": 33, "R": 3, "W": 7, "padding": "same", "channels_last": True},
+]
+WINOGRAD_BENCH = [size | layout for layout in ({}, {"channels_last": True}) for size in ROWS[1:5]]
+TINY: Sizes = [{"N": 1, "C": 3, "H": 8, "O": 8, "R": 3}, {"N": 4, "C": 16, "H": 4, "O": 16, "R": 1}]
 
 
-def _register(activation: str) -> None:
+def _register(name: str, activation: str, samples: Sizes, bench: Sizes, quick: Sizes, winograd: bool = False) -> None:
     act = ACTIVATIONS[activation]
 
     def call(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int) -> Tensor:
-        return conv2d_act(x, weight, bias, stride, padding, dilation, groups, activation)
+        return conv2d_act(x, weight, bias, stride, padding, dilation, groups, activation, winograd=winograd)
 
     def native(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int) -> Tensor:
         return act.reference(F.conv2d(x, weight, bias, stride, padding, dilation, groups), 0.01, 0.0)
 
     register(
         Op(
-            name="conv2d" if activation == "none" else f"conv2d_{activation}",
+            name=name,
             module="conv2d",
             call=call,
             reference=native,
             native=native,
             make=_make,
-            samples=SAMPLES if activation == "none" else [SAMPLES[i] for i in (1, 2, 4)],
-            bench=BENCH if activation in ("none", "relu") else QUICK[:1],
-            quick=QUICK if activation == "none" else QUICK[:1],
+            samples=samples,
+            bench=bench,
+            quick=quick,
             tiny=TINY,
             cost=_cost,
             raw=("conv2d_forward", "conv2d_backward"),
@@ -270,5 +282,8 @@ def _register(activation: str) -> None:
     )
 
 
-for _activation in ("none", "relu", "gelu"):  # the others differ in the epilogue alone, which is linear's
-    _register(_activation)
+_few = [SAMPLES[i] for i in (1, 2, 4)]
+_register("conv2d", "none", SAMPLES, BENCH, QUICK)
+_register("conv2d_relu", "relu", _few, BENCH, QUICK[:1])
+_register("conv2d_gelu", "gelu", _few, QUICK[:1], QUICK[:1])  # the other activations differ in the epilogue alone, which is linear's
+_register("conv2d_winograd", "none", WINOGRAD_SAMPLES, WINOGRAD_BENCH, QUICK[:1], winograd=True)

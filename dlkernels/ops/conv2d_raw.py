@@ -19,12 +19,13 @@ LARGEST = 1 << 31  # of a stride, padding or dilation
 
 
 class Geometry(NamedTuple):
-    """How the filter moves: what the raw ops take. ``padding`` is top, bottom, left, right."""
+    """How the filter moves: what the raw ops take. ``padding`` is top, bottom, left, right. conv_transpose2d takes no ``winograd``."""
 
     stride: tuple[int, int]
     padding: tuple[int, int, int, int]
     dilation: tuple[int, int]
     groups: int
+    winograd: bool = False
 
     def images(self, x: torch.Size, weight: torch.Size, more: tuple[int, int]) -> tuple[int, int]:
         """(H, W) of the images on which so many places fit, and ``more`` pixels: the result of a transposed convolution."""
@@ -56,7 +57,7 @@ def in_row(*options: tuple[Any, int]) -> list[Any]:
     return [(other, n) if isinstance(n, int) else value for n, (value, other) in zip(numbers, options)]
 
 
-def geometry_of(weight: torch.Size, stride: Any, padding: Any, dilation: Any, groups: Any) -> Geometry:
+def geometry_of(weight: torch.Size, stride: Any, padding: Any, dilation: Any, groups: Any, winograd: bool = False) -> Geometry:
     """What the arguments mean for a filter of this shape. Raises ValueError."""
     stride, dilation = pair("stride", stride, 1), pair("dilation", dilation, 1)
     if padding == "same":
@@ -73,7 +74,7 @@ def geometry_of(weight: torch.Size, stride: Any, padding: Any, dilation: Any, gr
         sides = above, above, before, before
     if not isinstance(groups, int) or not 1 <= groups <= LARGEST:
         raise ValueError(f"groups is {groups!r}, needs a positive int")
-    return Geometry(stride, sides, dilation, groups)
+    return Geometry(stride, sides, dilation, groups, winograd)
 
 
 def empty(x: Tensor, shape: Sequence[int]) -> Tensor:
@@ -94,16 +95,16 @@ def _checked_size(x: Tensor, weight: Tensor, geometry: Geometry, **others: tuple
 
 
 def _forward_fake(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int, activation: int, slope: float,
-    save: bool,
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int, winograd: bool,
+    activation: int, slope: float, save: bool,
 ) -> Optionals:  # fmt: skip
     shape = _checked_size(x, weight, Geometry(stride, padding, dilation, groups), bias=(bias, (weight.shape[0],)))
     return empty(x, shape), empty(x, shape) if save else None
 
 
 def _backward_fake(
-    dy: Tensor, x: Tensor, weight: Tensor, saved: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int, activation: int,
-    slope: float, need_dx: bool, need_dweight: bool, need_dbias: bool,
+    dy: Tensor, x: Tensor, weight: Tensor, saved: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int, winograd: bool,
+    activation: int, slope: float, need_dx: bool, need_dweight: bool, need_dbias: bool,
 ) -> Optionals:  # fmt: skip
     _checked_size(x, weight, Geometry(stride, padding, dilation, groups), dy=(dy, ()), saved=(saved, ()))
     return (
@@ -141,7 +142,7 @@ def _transposed_backward_fake(
 
 
 _moves = "int[] stride, int[] padding, int[] dilation, int groups"
-_options = f"{_moves}, int activation, float slope"
+_options = f"{_moves}, bool winograd, int activation, float slope"
 forward = define(f"conv2d_forward(Tensor x, Tensor weight, Tensor? bias, {_options}, bool save) -> (Tensor y, Tensor z)", _forward_fake)
 backward = define(
     f"conv2d_backward(Tensor dy, Tensor x, Tensor weight, Tensor? saved, {_options}, "

@@ -50,7 +50,7 @@ class _ConvTranspose2d(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, more: Pair) -> Tensor:
-        return raw.transposed(x, weight, bias, *geometry, geometry.images(x.shape, weight.shape, more))
+        return raw.transposed(x, weight, bias, *geometry[:4], geometry.images(x.shape, weight.shape, more))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -62,11 +62,11 @@ class _ConvTranspose2d(torch.autograd.Function):
         x, weight, bias = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: differentiate the definition, so that second derivatives exist
             return reference_gradients(_reference, (x, weight, bias, ctx.geometry, ctx.more), ctx.needs_input_grad, dy)
-        return *raw.transposed_backward(dy, x, weight, *ctx.geometry, *ctx.needs_input_grad[:3]), None, None
+        return *raw.transposed_backward(dy, x, weight, *ctx.geometry[:4], *ctx.needs_input_grad[:3]), None, None
 
 
 def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, more: Pair) -> Tensor:
-    stride, (top, _, left, _), dilation, groups = geometry
+    stride, (top, _, left, _), dilation, groups = geometry[:4]
     return F.conv_transpose2d(x, weight, bias, stride, (top, left), more, groups, dilation)
 
 
@@ -146,7 +146,7 @@ def conv_transpose2d(
     if needs_grad(x, weight, bias):
         y = apply_function(_ConvTranspose2d, x, weight, bias, geometry, more)
     else:
-        y = raw.transposed(x, weight, bias, *geometry, geometry.images(x.shape, weight.shape, more))
+        y = raw.transposed(x, weight, bias, *geometry[:4], geometry.images(x.shape, weight.shape, more))
     return y if input.dim() == 4 else y.squeeze(0)
 
 
