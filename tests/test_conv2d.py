@@ -222,7 +222,7 @@ def test_bad_arguments_are_named(case: str) -> None:
 def test_the_raw_ops_check_for_themselves() -> None:
     """They can be called without the contract in front of them."""
     forward, backward = torch.ops.dlkernels.conv2d_forward, torch.ops.dlkernels.conv2d_backward
-    right: dict[str, Any] = {"stride": [1, 1], "padding": [0, 0, 0, 0], "dilation": [1, 1], "groups": 1}
+    right: dict[str, Any] = {"stride": [1, 1], "padding": [0, 0, 0, 0], "dilation": [1, 1], "groups": 1, "winograd": False}
     wrong: list[dict[str, Any]] = [
         {"stride": [0, 1]}, {"stride": [1]}, {"stride": [2**62, 1]}, {"padding": [0, 0]}, {"padding": [-1, 0, 0, 0]},
         {"padding": [2**62, 2**62, 0, 0]}, {"dilation": [1, 2**62]}, {"dilation": [9, 9]}, {"groups": 0}, {"groups": 3}, {"groups": 2},

@@ -29,10 +29,10 @@ def ours(case: Case, x: Tensor, weight: Tensor, bias: Tensor | None, dy: Tensor,
     """y, dx, dweight, dbias by the launchers."""
     from dlkernels.gpu import conv2d
 
-    y, z = conv2d.forward(x, weight, bias, *case.moves, act, SLOPE, act in KEEPS_Z)
+    y, z = conv2d.forward(x, weight, bias, *case.moves, False, act, SLOPE, act in KEEPS_Z)
     assert (z is not None) == (act in KEEPS_Z)
     saved = z if act in KEEPS_Z else y if act else None
-    found = y, *(t for t in conv2d.backward(dy, x, weight, saved, *case.moves, act, SLOPE, True, True, True) if t is not None)
+    found = y, *(t for t in conv2d.backward(dy, x, weight, saved, *case.moves, False, act, SLOPE, True, True, True) if t is not None)
     for t, like in zip(found, (x, x, weight)):
         assert t.stride() == torch.empty_like(t, memory_format=suggest_memory_format(like)).stride()
     return found
@@ -136,9 +136,9 @@ def test_only_what_is_needed(name: str, needs: tuple[bool, bool, bool]) -> None:
     case = CASES[name]
     for act in (0, 2):
         x, weight, bias, dy = tensors(case, torch.float64, last=name != "3x3 stride 2")
-        _, z = conv2d.forward(x, weight, bias, *case.moves, act, SLOPE, act == 2)
+        _, z = conv2d.forward(x, weight, bias, *case.moves, False, act, SLOPE, act == 2)
         wanted = exact(case, x, weight, bias, dy, act)[1:]
-        for need, f, w in zip(needs, conv2d.backward(dy, x, weight, z, *case.moves, act, SLOPE, *needs), wanted, strict=True):
+        for need, f, w in zip(needs, conv2d.backward(dy, x, weight, z, *case.moves, False, act, SLOPE, *needs), wanted, strict=True):
             assert (f is not None) == need
             if f is not None:
                 torch.testing.assert_close(f, w)
@@ -201,7 +201,7 @@ def test_bad_arguments() -> None:
 
     def run(x: Tensor = x, weight: Tensor = weight, bias: Tensor | None = bias, act: int = 0, **moves: Any) -> None:
         stride, padding, dilation, groups = {"stride": [1, 1], "padding": [0] * 4, "dilation": [1, 1], "groups": 2, **moves}.values()
-        conv2d.forward(x, weight, bias, stride, padding, dilation, groups, act, 0.0, False)
+        conv2d.forward(x, weight, bias, stride, padding, dilation, groups, False, act, 0.0, False)
 
     for error, message, arguments in (
         (RuntimeError, r"weight must have shape \(6, 17, 3, 3\), got \(6, 16, 3, 3\)", {"weight": weight[:, :16]}),
@@ -220,11 +220,11 @@ def test_bad_arguments() -> None:
         with pytest.raises(error, match=message):
             run(**arguments)
     with pytest.raises(RuntimeError, match="saved must have shape"):
-        conv2d.backward(dy, x, weight, dy[:1], *case.moves, 1, 0.0, True, True, True)
+        conv2d.backward(dy, x, weight, dy[:1], *case.moves, False, 1, 0.0, True, True, True)
     with pytest.raises(RuntimeError, match="saved is None"):
-        conv2d.backward(dy, x, weight, None, *case.moves, 1, 0.0, True, True, True)
+        conv2d.backward(dy, x, weight, None, *case.moves, False, 1, 0.0, True, True, True)
     with pytest.raises(RuntimeError, match="dy must have shape"):
-        conv2d.backward(dy[:, :5], x, weight, dy, *case.moves, 1, 0.0, True, True, True)
+        conv2d.backward(dy[:, :5], x, weight, dy, *case.moves, False, 1, 0.0, True, True, True)
 
 
 @here

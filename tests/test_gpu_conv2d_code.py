@@ -29,8 +29,8 @@ def launches(case: Case, target: str, dtype: torch.dtype = torch.bfloat16, last:
     weight, bias = meta(case.O, case.C // case.groups, case.R, case.S, dtype=dtype, last=False), meta(case.O, dtype=dtype)
     seen = set()
     for launch in (
-        *aot.record(lambda: conv2d.forward(x, weight, bias, *case.moves, act, SLOPE, act in KEEPS_Z), target),
-        *aot.record(lambda: conv2d.backward(y, x, weight, y, *case.moves, act, SLOPE, True, True, True), target),
+        *aot.record(lambda: conv2d.forward(x, weight, bias, *case.moves, False, act, SLOPE, act in KEEPS_Z), target),
+        *aot.record(lambda: conv2d.backward(y, x, weight, y, *case.moves, False, act, SLOPE, True, True, True), target),
     ):
         key = launch.kernel.__name__, str(launch.constants)
         if key not in seen:

@@ -128,9 +128,9 @@ def conv2d_act(
             one more below and to the right).
         activation: one of "none", "relu", "gelu" (erf), "gelu_tanh", "leaky_relu", "sigmoid", "tanh", "silu".
         negative_slope: slope of leaky_relu for z < 0.
-        winograd: allow Winograd's F(2x2, 3x3), forward and backward, on the CPU wherever it is faster: filters 3 x 3 of stride and dilation 1
-            with channels enough to fill vectors, in every dtype that is computed in float32 or float64. What is added differs from the direct
-            sums by rounding, which in a square of 2 x 2 places is that of its largest number.
+        winograd: allow Winograd's F(2x2, 3x3), forward and backward, on the CPU wherever it is faster: filters 3 x 3 of stride and
+            dilation 1 with channels enough to fill vectors, in every dtype that is computed in float32 or float64. The sums differ from
+            the direct ones by rounding, which in a square of 2 x 2 places is that of its largest number.
 
     Returns:
         ``(N, O, P, Q)`` or ``(O, P, Q)`` in the input's dtype; under autocast in its dtype. Channels last where input or weight is.
@@ -246,7 +246,7 @@ QUICK = [BENCH[i] for i in (2, 0, 13)]
 WINOGRAD_SAMPLES: Sizes = [  # forward, dx and dweight take it where O, C and C fill vectors
     {"N": 1, "C": 2, "H": 4, "O": 24, "R": 3, "W": 5, "padding": "valid", "bias": False},
     {"N": 2, "C": 24, "H": 3, "O": 5, "R": 3, "W": 6},
-    {"N": 3, "C": 48, "H": 5, "O": 50, "R": 3, "W": 7, "groups": 2},
+    {"N": 3, "C": 48, "H": 5, "O": 50, "R": 3, "W": 7, "padding": 2, "groups": 2},
     {"N": 2, "C": 32, "H": 1, "O": 40, "R": 3, "W": 9, "padding": 3, "channels_last": True},
     {"N": 5, "C": 300, "H": 8, "O": 33, "R": 3, "W": 7, "padding": "same", "channels_last": True},
 ]
