@@ -76,13 +76,15 @@ struct Activation {
         }
     }
 
-    // The same for one vector, where `with` would compile a whole kernel once for every activation: all but the commonest are called.
-    template <class T> INLINE vec<T> value(vec<T> z) const {
-        if (code == NONE) return z;
-        return code == RELU ? (z < 0 ? vec<T>{} : z) : called_value<T>(z);
-    }
-    template <class T> INLINE vec<T> slope(vec<T> dy, vec<T> saved) const {
-        return code == RELU ? (saved <= 0 ? vec<T>{} : dy) : called_slope<T>(dy, saved);
+    // The same where much would be compiled once for every activation: all but the commonest are called.
+    template <class T, class F> void with_few(const F& f) const {
+        using V = vec<T>;
+        const V zero{};
+        switch (code) {
+            case NONE: return f([](V z) { return z; }, [](V d, V) { return d; });
+            case RELU: return f([=](V z) { return z < zero ? zero : z; }, [=](V d, V y) { return y <= zero ? zero : d; });
+            default: return f([this](V z) { return called_value<T>(z); }, [this](V d, V saved) { return called_slope<T>(d, saved); });
+        }
     }
     template <class T> __attribute__((noinline)) vec<T> called_value(vec<T> z) const {
         with<T>([&](auto f, auto) { z = f(z); });

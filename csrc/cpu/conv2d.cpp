@@ -14,19 +14,21 @@ void sums_and_slopes(const Channels<T, MEMORY>& all, Activation act, const T* dy
     using S = compute_t<T>;
     int64_t groups = all.groups(), blocks = all.blocks();
     std::vector<S> partial(blocks * all.padded());
-    parallel(groups * blocks, [&](int64_t i, int64_t end) {
-        for (; i < end; i++) {
-            int64_t g = i % groups, b = i / groups;
-            typename All::Sums sums;
-            all.each_vector(g, b * All::BLOCK, b * All::BLOCK + all.size_of_block(b), [&](int v, int64_t at, int lanes) INLINE {
-                auto d = load(dy + at, lanes);
-                if (saved) d = keep(act.slope<S>(d, load(saved + at, lanes)), lanes);
-                if (dz) store(dz + at, d, lanes);
-                sums.v[v] += d;
-            });
-            sums.to(partial.data() + b * all.padded() + g * All::GROUP);
-        }
-    }, all.serial());
+    act.with_few<S>([&](auto, auto gradient) {
+        parallel(groups * blocks, [&](int64_t i, int64_t end) {
+            for (; i < end; i++) {
+                int64_t g = i % groups, b = i / groups;
+                typename All::Sums sums;
+                all.each_vector(g, b * All::BLOCK, b * All::BLOCK + all.size_of_block(b), [&](int v, int64_t at, int lanes) INLINE {
+                    auto d = load(dy + at, lanes);
+                    if (saved) d = keep(gradient(d, load(saved + at, lanes)), lanes);
+                    if (dz) store(dz + at, d, lanes);
+                    sums.v[v] += d;
+                });
+                sums.to(partial.data() + b * all.padded() + g * All::GROUP);
+            }
+        }, all.serial());
+    });
     for (int64_t o = 0; dbias && o < all.channels; o++) {
         S total = 0;
         for (int64_t b = 0; b < blocks; b++) total += partial[b * all.padded() + o];

@@ -19,7 +19,7 @@ template <class T, Memory MEMORY>
 void filter(const Geometry& s, const Filters<T>& filters, const Images<T, MEMORY>& images, const std::vector<Bank<T, MEMORY>>& banks) {
     int64_t groups = s.groups;
     if constexpr (IN_SQUARES<T>)
-        if (s.winograd && banks.size() == 1 && is_3x3(banks[0].h, banks[0].w) && fills_tiles<T>(filters.M))
+        if (s.winograd && banks.size() == 1 && is_3x3(banks[0].h, banks[0].w) && fills_tiles<T>(filters.M) && images.channels >= 16)
             if (Winograd<T, MEMORY>{groups, filters, images, banks[0]}.run()) return;
     bool matrix = MEMORY == Memory::ROWS && banks.size() == 1 && Patches<T, MEMORY>{images, banks[0].h, banks[0].w}.is_matrix();
     if (!ON_TILES<T> && !matrix) return slide<direct_micro<T>>(groups, filters, images, banks);

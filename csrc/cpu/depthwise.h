@@ -243,10 +243,12 @@ template <class T, Memory MEMORY> struct OwnFilters {
     }
     void forward(const T* x, const T* weight, const T* bias, Activation act, T* y, T* z) const {
         std::vector<S> filters = own_filters<S, MEMORY>(s, weight, false);
-        to_results().convolve(x, filters.data(), [=](vec<S> v, int64_t at, int64_t c, int lanes) {
-            v = add(v, bias, c, lanes);
-            if (z) store(z + at, v, lanes);
-            store(y + at, act.value<S>(v), lanes);
+        act.with_few<S>([&](auto value, auto) {
+            to_results().convolve(x, filters.data(), [=](vec<S> v, int64_t at, int64_t c, int lanes) {
+                v = add(v, bias, c, lanes);
+                if (z) store(z + at, v, lanes);
+                store(y + at, value(v), lanes);
+            });
         });
     }
     void input_gradient(const T* dz, const T* weight, const T* bias, T* dx) const {

@@ -173,18 +173,20 @@ template <class T, Memory MEMORY> struct Result {
     // them, whole images; put(v, at, lanes) finishes sums and stores them.
     template <class F, class S> void each_run(Place p, int count, const F& f, S) const {
         bool whole = pitch == L && step_h * step_w == 1;
-        auto put = [&](vec<S> v, int64_t at, int lanes) {
-            if (z) store(z + at, v, lanes);
-            to.store_part(y + at, act.value<S>(v), lanes);
-        };
-        for (int j = 0; j < count;) {
-            int64_t left = whole ? (I - p.i) * L - p.l : L - p.l, step = whole ? left : pitch - p.l;
-            int run = int(std::min<int64_t>(count - j, left));
-            if (run > 0) f(j, run, p.n, (p.i * step_h + first_h) * W + p.l * step_w + first_w, put);
-            j += int(std::min<int64_t>(count - j, step));
-            p.l = 0;
-            if (whole || ++p.i == I) p.i = 0, p.n++;
-        }
+        act.with_few<S>([&](auto value, auto) {
+            auto put = [&](vec<S> v, int64_t at, int lanes) {
+                if (z) store(z + at, v, lanes);
+                to.store_part(y + at, value(v), lanes);
+            };
+            for (int j = 0; j < count;) {
+                int64_t left = whole ? (I - p.i) * L - p.l : L - p.l, step = whole ? left : pitch - p.l;
+                int run = int(std::min<int64_t>(count - j, left));
+                if (run > 0) f(j, run, p.n, (p.i * step_h + first_h) * W + p.l * step_w + first_w, put);
+                j += int(std::min<int64_t>(count - j, step));
+                p.l = 0;
+                if (whole || ++p.i == I) p.i = 0, p.n++;
+            }
+        });
     }
     template <class S, class Put> void write_rows(const Tile<S>& t, int j, int run, int64_t to, const Put& put) const {
         for (int i = 0; i < t.rows; i++, to += H * W) {
