@@ -26,7 +26,7 @@ template <class T, Memory MEMORY> struct Depthwise {
     Stride h, w;
 
     // put(v, at, c, lanes): sums of the numbers from `at` on of the result, the first of channel c. filter[tap][channel] or, in rows, filter[channel][tap].
-    template <class Put> void convolve(const T* x, const C* filter, const Put& put) const {
+    template <class Put> void convolve(const T* x, const C* filter, T* y, const Put& put) const {
         if constexpr (MEMORY == Memory::ROWS)
             parallel(N * channels, [&](int64_t i, int64_t end) {
                 for (Plane plane(h, w); i < end; i++) {
@@ -39,7 +39,7 @@ template <class T, Memory MEMORY> struct Depthwise {
             std::vector<int64_t> met;  // [place][tap]
             for (int64_t l = 0; l < w.places; l++)
                 for (int64_t s = 0; s < w.taps; s++) met.push_back(w.met(l, s));
-            parallel(N * h.places, [&](int64_t i, int64_t end) { for (; i < end; i++) convolve_row(x, filter, met.data(), i, put); }, serial());
+            parallel(N * h.places, [&](int64_t i, int64_t end) { for (; i < end; i++) convolve_row(x, filter, met.data(), i, y, put); }, serial());
         }
     }
 
@@ -120,20 +120,36 @@ template <class T, Memory MEMORY> struct Depthwise {
             }
     }
 
-    // Row `row` of all places of all images.
-    template <class Put> void convolve_row(const T* x, const C* filter, const int64_t* met, int64_t row, const Put& put) const {
-        for (int64_t l = 0; l < w.places; l += TOGETHER) {
-            int64_t first = l * w.step - w.before, last = first + (TOGETHER - 1) * w.step + (w.taps - 1) * w.dilation, c = 0;
-            bool inside = w.apart == 1 && first >= 0 && last < w.size && l + TOGETHER <= w.places;
-            for (; inside && c + L <= channels; c += L) convolve_pixels<true>(x, filter, met, row, l, c, put);
-            for (; c < channels; c += L) convolve_pixels<false>(x, filter, met, row, l, c, put);
-        }
+    // Row `row` of all places of all images: those whose taps all meet pixels TOGETHER at a time, the last of them twice where they do not
+    // divide, and those at the border.
+    template <class Put> void convolve_row(const T* x, const C* filter, const int64_t* met, int64_t row, T* y, const Put& put) const {
+        int64_t span = (w.taps - 1) * w.dilation, inside = w.size - 1 - span + w.before;  // the last place * step
+        int64_t first = std::min(w.places, ceil_div(std::max<int64_t>(w.before, 0), w.step));
+        int64_t last = inside < 0 ? 0 : std::min(w.places, inside / w.step + 1), whole = channels / L * L;
+        if (w.apart > 1 || last - first < TOGETHER) first = last = w.places, whole = 0;
+        int64_t below = std::min(h.size - 1, (row % h.places) * h.step - h.before + (h.taps - 1) * h.dilation);
+        const T* bottom = x + ((row / h.places * h.size + below) * w.size - w.before + span) * channels;
+        for (int64_t l = first; l < last; l += TOGETHER)
+            for (int64_t c = 0; c < whole; c += L) {
+                for (int v = 0; v < TOGETHER; v++) {
+                    __builtin_prefetch(bottom + (l + TOGETHER + v) * w.step * channels + c, 0, 3);
+                    __builtin_prefetch(y + (row * w.places + l + TOGETHER + v) * channels + c, 1, 3);
+                }
+                convolve_pixels<true>(x, filter, met, row, std::min(l, last - TOGETHER), TOGETHER, c, put);
+            }
+        auto some = [&](int64_t begin, int64_t end, int64_t c0) {
+            for (int64_t l = begin; l < end; l += TOGETHER)
+                for (int64_t c = c0; c < channels; c += L)
+                    convolve_pixels<false>(x, filter, met, row, l, int(std::min<int64_t>(TOGETHER, end - l)), c, put);
+        };
+        some(0, first, 0), some(first, last, whole), some(last, w.places, 0);
     }
-    // TOGETHER places of a row. WHOLE: all that their taps meet lies inside the image, and there is a whole vector of channels.
+    // `count` places of a row. WHOLE: TOGETHER, all that their taps meet lies inside the image, and there is a whole vector of channels.
     template <bool WHOLE, class Put>
-    INLINE void convolve_pixels(const T* x, const C* filter, const int64_t* met, int64_t row, int64_t l, int64_t c, const Put& put) const {
+    INLINE void convolve_pixels(const T* x, const C* filter, const int64_t* met, int64_t row, int64_t l, int count, int64_t c,
+                                const Put& put) const {
         int64_t n = row / h.places, i = row % h.places, apart = w.step * channels;
-        int lanes = WHOLE ? L : int(std::min<int64_t>(L, channels - c)), count = int(std::min<int64_t>(TOGETHER, w.places - l));
+        int lanes = WHOLE ? L : int(std::min<int64_t>(L, channels - c));
         V acc[TOGETHER] = {};
         for (int64_t r = 0; r < h.taps; r++) {
             int64_t y = h.met(i, r);
@@ -152,7 +168,7 @@ template <class T, Memory MEMORY> struct Depthwise {
         }
 #pragma GCC unroll 8
         for (int v = 0; v < TOGETHER; v++)
-            if (v < count) put(acc[v], (row * w.places + l + v) * channels + c, c, lanes);
+            if (WHOLE || v < count) put(acc[v], (row * w.places + l + v) * channels + c, c, lanes);
     }
 
     void add_plane(const Plane& plane, const T* dz, bool add, C* sums) const {
@@ -244,7 +260,7 @@ template <class T, Memory MEMORY> struct OwnFilters {
     void forward(const T* x, const T* weight, const T* bias, Activation act, T* y, T* z) const {
         std::vector<S> filters = own_filters<S, MEMORY>(s, weight, false);
         act.with_few<S>([&](auto value, auto) {
-            to_results().convolve(x, filters.data(), [=](vec<S> v, int64_t at, int64_t c, int lanes) {
+            to_results().convolve(x, filters.data(), y, [=](vec<S> v, int64_t at, int64_t c, int lanes) {
                 v = add(v, bias, c, lanes);
                 if (z) store(z + at, v, lanes);
                 store(y + at, value(v), lanes);
@@ -253,7 +269,7 @@ template <class T, Memory MEMORY> struct OwnFilters {
     }
     void input_gradient(const T* dz, const T* weight, const T* bias, T* dx) const {
         std::vector<S> filters = own_filters<S, MEMORY>(s, weight, true);
-        to_inputs().convolve(dz, filters.data(), [=](vec<S> v, int64_t at, int64_t c, int lanes) { store(dx + at, add(v, bias, c, lanes), lanes); });
+        to_inputs().convolve(dz, filters.data(), dx, [=](vec<S> v, int64_t at, int64_t c, int lanes) { store(dx + at, add(v, bias, c, lanes), lanes); });
     }
     void weight_gradient(const T* dz, const T* x, T* dweight) const {
         int64_t taps = s.R * s.S;

@@ -174,9 +174,11 @@ template <class T, Memory MEMORY> struct Result {
     template <class F, class S> void each_run(Place p, int count, const F& f, S) const {
         bool whole = pitch == L && step_h * step_w == 1;
         act.with_few<S>([&](auto value, auto) {
-            auto put = [&](vec<S> v, int64_t at, int lanes) {
+            // Copies, since a vector that is stored might be any member: the compiler would load them all again.
+            auto put = [y = y, z = z, past_caches = to.past_caches, value](vec<S> v, int64_t at, int lanes) INLINE {
                 if (z) store(z + at, v, lanes);
-                to.store_part(y + at, value(v), lanes);
+                if (past_caches) Destination::store_past(y + at, value(v), lanes);
+                else store(y + at, value(v), lanes);
             };
             for (int j = 0; j < count;) {
                 int64_t left = whole ? (I - p.i) * L - p.l : L - p.l, step = whole ? left : pitch - p.l;
@@ -200,12 +202,17 @@ template <class T, Memory MEMORY> struct Result {
         }
     }
     template <class S, class Put> void write_pixels(const Tile<S>& t, int i, int run, int64_t to, const Put& put) const {
-        for (; run > 0; run--, i++, to += step_w * all_channels)
-            for (int c = 0; c < t.columns; c += VL<S>) {
-                int lanes = t.columns - c;
-                vec<S> v = load(t.p + i * t.ld + c, lanes);
-                put(bias ? v + load(bias + t.n + c, lanes) : v, to + c, lanes);
+        const S* sums = t.p + i * t.ld;
+        const T* bias = this->bias ? this->bias + t.n : nullptr;
+        int columns = t.columns, whole = columns / VL<S> * VL<S>;
+        int64_t ld = t.ld, pixel = step_w * all_channels;
+        for (; run > 0; run--, sums += ld, to += pixel) {
+            for (int c = 0; c < whole; c += VL<S>) put(bias ? load(sums + c) + load(bias + c) : load(sums + c), to + c, VL<S>);
+            if (int c = whole, lanes = columns - c; lanes > 0) {
+                vec<S> v = load(sums + c, lanes);
+                put(bias ? v + load(bias + c, lanes) : v, to + c, lanes);
             }
+        }
     }
     // The first n lanes of v to a row, step_w apart; further apart than side by side they are of a gradient: no activation.
     template <class V, class Put> void put_in_row(V v, int64_t at, int n, const Put& put) const {

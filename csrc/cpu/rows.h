@@ -22,15 +22,18 @@ struct Destination {
     Destination(const void* p, int64_t bytes, int64_t row = LINE)
         : past_caches(bytes >= LARGE && row % LINE == 0 && reinterpret_cast<uintptr_t>(p) % LINE == 0) {}
     template <class T> INLINE void store(T* p, vec<compute_t<T>> v, int n = VL<compute_t<T>>) const {
-        if (!past_caches) return ::store(p, v, n);
-        if constexpr (sizeof(T) == 2) stream_raw(p, narrow(v, T{}));
-        else stream_raw(p, v);
+        if (past_caches) stream(p, v);
+        else ::store(p, v, n);
     }
     // The same for a part that lies anywhere: only whole vectors that are aligned go past the caches.
-    template <class T> INLINE void store_part(T* p, vec<compute_t<T>> v, int n) const {
+    template <class T> INLINE static void store_past(T* p, vec<compute_t<T>> v, int n) {
         constexpr int L = VL<compute_t<T>>;
-        if (past_caches && n >= L && reinterpret_cast<uintptr_t>(p) % (L * sizeof(T)) == 0) store(p, v);
-        else ::store(p, v, n);
+        if (n < L || reinterpret_cast<uintptr_t>(p) % (L * sizeof(T))) ::store(p, v, n);
+        else stream(p, v);
+    }
+    template <class T> INLINE static void stream(T* p, vec<compute_t<T>> v) {
+        if constexpr (sizeof(T) == 2) stream_raw(p, narrow(v, T{}));
+        else stream_raw(p, v);
     }
     ~Destination() { if (past_caches) stream_fence(); }  // before another thread is told that the result is there
 };
