@@ -54,7 +54,7 @@ def test_where_it_runs(layout: torch.memory_format, dtype: torch.dtype) -> None:
     assert differing(image, weight, 1, 1) == everything
     assert differing(image, weight, 1, "valid") == everything
     assert differing(image, some(64, 16, 3, 3), 1, (0, 2), 1, 2) >= {"y"}
-    assert differing(image, some(1, 32, 3, 3), 1, 1) >= {"dx", "dweight"}, "one filter does not fill a vector, the channels do"
+    assert differing(image, some(1, 32, 3, 3), 1, 1) == {"dweight"}, "one filter fills no vector, the channels do"
     for other in ((image, weight, 2, 1), (image, weight, 1, 1, 2), (image, some(32, 32, 3, 1)), (image, some(32, 32, 5, 5), 1, 2)):
         assert not differing(*other), "another stride, dilation or size"
     assert not differing(some(2, 3, 9, 7), some(1, 3, 3, 3)), "too few channels"
