@@ -266,11 +266,26 @@ template <class T, Memory MEMORY> struct WeightGradient {
     void write(int64_t g, const S* sums, int64_t size, int64_t so, int64_t st, int64_t sc, T* dweight) const {
         bool taps_last = s.to_tap == 1;  // in the memory of dweight
         int64_t outer = taps_last ? s.C1 : taps, inner = taps_last ? taps : s.C1, sa = taps_last ? sc : st, sb = taps_last ? st : sc;
+        constexpr int V = VL<S>;
         parallel(s.O1, [&](int64_t o, int64_t end) {
             for (; o < end; o++) {
-                T* to = dweight + (g * s.O1 + o) * s.C1 * taps;
-                for (int64_t a = 0; a < outer; a++)
-                    for (int64_t b = 0; b < inner; b++) put_one(to++, sums[o * so + a * sa + b * sb]);
+                const S* from = sums + o * so;
+                T* to = dweight + (g * s.O1 + o) * outer * inner;
+                if (sa != 1) {
+                    for (int64_t a = 0; a < outer; a++)
+                        for (int64_t b = 0; b < inner; b++) put_one(to++, from[a * sa + b * sb]);
+                    continue;
+                }
+                for (int64_t a = 0; a < outer; a += V)
+                    for (int64_t b = 0; b < inner; b += V) {
+                        int rows = int(std::min<int64_t>(V, outer - a));
+                        vec<S> square[V];
+#pragma GCC unroll 16
+                        for (int i = 0; i < V; i++) square[i] = b + i < inner ? load(from + (b + i) * sb + a, rows) : vec<S>{};
+                        transpose(square);
+                        for (int i = 0; i < rows; i++)
+                            store(to + (a + i) * inner + b, square[i], int(std::min<int64_t>(V, inner - b)));
+                    }
             }
         }, size <= SERIAL_NUMBERS);
     }
