@@ -10,10 +10,9 @@ constexpr int64_t TOKENS_AT_ONCE = 512;
 
 template <class T, class Cell> void forward(const Layer& l, const Arrays<T>& to) {
     using C = compute_t<T>;
-    using Micro = step_micro<T>;
     constexpr int G = Cell::GATES;
-    const int64_t D = l.D, H = l.H, I = l.I, N = l.N, T_ = l.tokens.T;
-    Carried<T, Cell> carried(D, l.B, H, H);
+    const int64_t D = l.D, H = l.H, P = l.P, I = l.I, N = l.N, T_ = l.tokens.T;
+    Carried<T, Cell> carried(D, l.B, P, H, l.projected ? H : 0);
     Forward<T, Cell> run{l.tokens, to, carried, {}};
     std::vector<C> bias[2];
     for (int64_t d = 0; d < D; d++) bias[d] = biases<T, Cell>(l, d, run.b_hn[d]);
@@ -32,7 +31,7 @@ template <class T, class Cell> void forward(const Layer& l, const Arrays<T>& to)
         });
         run.input[d] = a, run.first[d] = first;
     };
-    if (T_ == 1) {  // nothing to pack for
+    if (T_ == 1 && !l.projected) {  // nothing to pack for
         for (int64_t d = 0; d < D; d++) {
             input(d, 0, 1);
             Tensor sums = empty(statistics_type(l.x), {l.B, G * H});
@@ -48,20 +47,13 @@ template <class T, class Cell> void forward(const Layer& l, const Arrays<T>& to)
         }
         return;
     }
-    Panels<Micro> w[2];
-    for (int64_t d = 0; d < D; d++) {
-        w[d] = {H, H, G};
-        using E = typename Micro::Element;
-        w[d].p = d ? scratch<E, 11>(w[d].room()) : scratch<E, 10>(w[d].room());
-        Matrix<T> w_hh = matrix<T>(l.weight(d, 1));
-        w[d].pack([&](int g, int64_t u, int rows, int64_t k, int kc) { return read<E>(w_hh, g * H + u, rows, k, kc); });
-    }
+    run.w = packed<T>(l, false);
     auto all = shares(D, l.B, l.alone() ? 1 : threads());
     for (int64_t p = 0; p < T_; p += steps) {
         int64_t until = std::min(T_, p + steps);
         for (int64_t d = 0; d < D; d++) input(d, p, until);
         auto some = [&](int64_t begin, int64_t end) {
-            for (int64_t i = begin; i < end; i++) run.steps(all[i], p, until, w[all[i].d]);
+            for (int64_t i = begin; i < end; i++) run.steps(all[i], p, until);
         };
         parallel(int64_t(all.size()), some, l.alone());
     }
@@ -72,7 +64,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrent_forward(Tensor x, T
                                                                      bool keep_cells) {
     Layer l(FORWARD, x, h0, c0, weights, batch_sizes, mode);
     ScalarType numbers = statistics_type(x);
-    Tensor y = empty(x, {l.N, l.D * l.H}), hn = empty(x, {l.D, l.B, l.H}), cn = l.cell ? empty(x, {l.D, l.B, l.H}) : Tensor();
+    Tensor y = empty(x, {l.N, l.D * l.P}), hn = empty(x, {l.D, l.B, l.P}), cn = l.cell ? empty(x, {l.D, l.B, l.H}) : Tensor();
     bool gated = mode == LSTM || mode == GRU;
     Tensor gates = keep_gates && gated ? empty(numbers, {l.N, l.D, 4, l.H}) : Tensor();
     Tensor cells = keep_cells && l.cell ? empty(numbers, {l.N, l.D, l.H}) : Tensor();
