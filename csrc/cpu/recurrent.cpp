@@ -8,11 +8,35 @@ using namespace recurrent;
 constexpr const char* FORWARD = "recurrent_forward";
 constexpr int64_t TOKENS_AT_ONCE = 512;
 
+// The only step of sequences of one token, in direction d: nothing to pack for.
+template <class T, class Cell> void one_step(const Layer& l, const Forward<T, Cell>& run, int64_t d) {
+    using E = typename step_micro<T>::Element;
+    constexpr int G = Cell::GATES;
+    const int64_t B = l.B, H = l.H, P = l.P;
+    Share all{d, 0, 1, B, 0};
+    Tensor sums = empty(statistics_type(l.x), {B, std::max(G * H, P)});
+    auto s = ::data<compute_t<T>>(sums);
+    Matrix<T> h0{run.to.h0 + d * B * P, P, 1};
+    multiply_rows(B, G * H, P, h0, matrix<T>(l.weight(d, 1)), s, [&](const auto& t) { store_tile(t, s, G * H); });
+    auto rows = [&](int64_t begin, int64_t end) {
+        run.begin(all, 0, begin, end);
+        run.units(all, 0, 0, begin, end, 0, H, {s, G * H, H});
+    };
+    parallel(B, rows, B * H * G <= SERIAL_NUMBERS);
+    if (!l.projected) return;
+    Matrix<E> made{run.carried.inner_row(all), run.carried.W, 1};
+    Matrix<T> w_hr = matrix<T>(l.weight(d, l.each - 1));
+    auto keep = [&](const auto& t) { store_tile(t, s, P); };
+    if constexpr (std::is_same_v<E, T>) multiply_rows(B, P, H, made, w_hr, s, keep);
+    else multiply<T>(B, P, H, reader<element_of<T>>(made), reader<element_of<T>>(w_hr), s, keep);
+    run.outputs(all, 0, 0, B, 0, P, {s, P, P});
+}
+
 template <class T, class Cell> void forward(const Layer& l, const Arrays<T>& to) {
     using C = compute_t<T>;
     constexpr int G = Cell::GATES;
-    const int64_t D = l.D, H = l.H, P = l.P, I = l.I, N = l.N, T_ = l.tokens.T;
-    Carried<T, Cell> carried(D, l.B, P, H, l.projected ? H : 0);
+    const int64_t D = l.D, H = l.H, I = l.I, N = l.N, T_ = l.tokens.T;
+    Carried<T, Cell> carried(D, l.B, l.P, H, l.projected ? H : 0);
     Forward<T, Cell> run{l.tokens, to, carried, {}};
     std::vector<C> bias[2];
     for (int64_t d = 0; d < D; d++) bias[d] = biases<T, Cell>(l, d, run.b_hn[d]);
@@ -31,20 +55,8 @@ template <class T, class Cell> void forward(const Layer& l, const Arrays<T>& to)
         });
         run.input[d] = a, run.first[d] = first;
     };
-    if (T_ == 1 && !l.projected) {  // nothing to pack for
-        for (int64_t d = 0; d < D; d++) {
-            input(d, 0, 1);
-            Tensor sums = empty(statistics_type(l.x), {l.B, G * H});
-            C* s = ::data<C>(sums);
-            multiply_rows(l.B, G * H, H, Matrix<T>{to.h0 + d * l.B * H, H, 1}, matrix<T>(l.weight(d, 1)), s,
-                          [&](const auto& t) { store_tile(t, s, G * H); });
-            Share all{d, 0, 1, l.B, 0};
-            auto rows = [&](int64_t begin, int64_t end) {
-                run.begin(all, 0, begin, end);
-                run.units(all, 0, 0, begin, end, 0, H, {s, G * H, H});
-            };
-            parallel(l.B, rows, l.B * H * G <= SERIAL_NUMBERS);
-        }
+    if (T_ == 1) {
+        for (int64_t d = 0; d < D; d++) input(d, 0, 1), one_step<T, Cell>(l, run, d);
         return;
     }
     run.w = packed<T>(l, false);

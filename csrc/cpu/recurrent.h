@@ -127,15 +127,13 @@ template <class T, class Cell> struct Forward {
             }
         }
     }
-    // h = W_hr o tanh(c) for n rows at step t, the p-th; nothing where there is no projection.
-    void project(const Share& s, int64_t t, int64_t p, int64_t n, C* sums) const {
-        constexpr int NR = Panels<step_micro<T>>::NR;
-        for (int64_t b = 0; b < w.hr[s.d].blocks(); b++) {
-            w.hr[s.d].multiply(n, carried.inner_row(s), carried.W, b, sums);
-            for (int64_t j = 0; j < n; j++) {
-                Output out = output(s, t, p, j, tokens.beside(t, s.sequence(j), s.d == 0) < 0);
-                for (int64_t i = 0; i < NR && b * NR + i < to.P; i += VL<C>)
-                    out.put(b * NR + i, load(sums + j * NR + i), std::min<int64_t>(VL<C>, to.P - b * NR - i));
+    // With a projection: h from u0 to u1 of the first rows, which `sums` are.
+    void outputs(const Share& s, int64_t t, int64_t p, int64_t rows, int64_t u0, int64_t u1, const Sums<C>& sums) const {
+        for (int64_t j = 0; j < rows; j++) {
+            Output out = output(s, t, p, j, tokens.beside(t, s.sequence(j), s.d == 0) < 0);
+            for (int64_t u = u0; u < u1; u += VL<C>) {
+                int lanes = std::min<int64_t>(VL<C>, u1 - u);
+                out.put(u, sums.at(j, 0, u - u0, lanes), lanes);
             }
         }
     }
@@ -160,7 +158,10 @@ template <class T, class Cell> struct Forward {
                 w.hh[s.d].multiply(n, carried.row(s, p), carried.K, b, sums);
                 units(s, t, p, 0, n, b * NR, std::min(to.H, (b + 1) * NR), {sums, G * NR, NR});
             }
-            project(s, t, p, n, sums);
+            for (int64_t b = 0; b < w.hr[s.d].blocks(); b++) {
+                w.hr[s.d].multiply(n, carried.inner_row(s), carried.W, b, sums);
+                outputs(s, t, p, n, b * NR, std::min(to.P, (b + 1) * NR), {sums, NR, NR});
+            }
         }
     }
 };
@@ -223,7 +224,7 @@ template <class T, class Cell> struct Backward {
             }
         }
     }
-    // With a projection: dh of outputs [u0, u1) of the first rows, for the product with W_hr^T and for the gradient of W_hr.
+    // With a projection: dh from u0 to u1 of the first rows, for the product with W_hr^T and for the gradient of W_hr.
     void outputs(const Share& s, int64_t t, int64_t rows, int64_t known, int64_t running, int64_t u0, int64_t u1,
                  const Sums<C>& sums) const {
         for (int64_t j = 0; j < rows; j++) {

@@ -96,33 +96,42 @@ template <class T, class Cell> Tensor gates_again(const Layer& l, const Arrays<T
     return found;
 }
 
+// The only step of sequences of one token, in direction d: nothing to pack for.
+template <class T, class Cell> void one_step_back(const Layer& l, const Backward<T, Cell>& run, int64_t d) {
+    using E = typename step_micro<T>::Element;
+    const int64_t B = l.B, H = l.H, P = l.P, rows = l.G * H;
+    Share all{d, 0, 1, B, 0};
+    Tensor sums = empty(statistics_type(l.x), {B, std::max(H, P)});
+    auto s = ::data<compute_t<T>>(sums);
+    auto times = [&](Matrix<E> x, int64_t K, const Tensor& w) {  // sums = x W
+        auto A = [=](auto element) { return reader<decltype(element)>(x); };
+        multiply_columns(B, w.size(1), K, A, matrix<T>(w), s, [&](const auto& t) { store_tile(t, s, w.size(1)); });
+    };
+    auto units = [&](int64_t p, int64_t known, int64_t running) {
+        auto some = [&](int64_t begin, int64_t end) { run.units(all, 0, p, begin, end, known, running, 0, H, {s, H, H}); };
+        parallel(B, some, B * rows <= SERIAL_NUMBERS);
+    };
+    if (l.projected) {
+        run.outputs(all, 0, B, 0, B, 0, P, {s, P, P});
+        times({run.carried.inner_row(all), run.carried.W, 1}, P, l.weight(d, l.each - 1));
+    }
+    units(0, 0, B);
+    times({run.carried.row(all, 0), run.carried.K, 1}, rows, l.weight(d, 1));
+    if (l.projected) run.outputs(all, 0, B, B, 0, 0, P, {s, P, P});
+    units(1, B, 0);
+}
+
 // da and ds of all tokens, dh0 and dc0.
 template <class T, class Cell> void steps_back(const Layer& l, const Arrays<T>& of) {
-    using C = compute_t<T>;
-    using E = typename step_micro<T>::Element;
-    constexpr int G = Cell::GATES;
-    const int64_t D = l.D, H = l.H, B = l.B;
-    Carried<T, Cell> carried(D, B, G * H, H, l.projected ? l.P : 0);
+    const int64_t D = l.D;
+    Carried<T, Cell> carried(D, l.B, l.G * l.H, l.H, l.projected ? l.P : 0);
     Backward<T, Cell> run{l.tokens, of, carried};
-    if (l.tokens.T == 1 && !l.projected) {  // nothing to pack for
-        for (int64_t d = 0; d < D; d++) {
-            Share all{d, 0, 1, B, 0};
-            Tensor sums = empty(statistics_type(l.x), {B, H});
-            C* s = ::data<C>(sums);
-            auto rows = [&](int64_t p, int64_t known, int64_t running) {
-                auto some = [&](int64_t begin, int64_t end) { run.units(all, 0, p, begin, end, known, running, 0, H, {s, H, H}); };
-                parallel(B, some, B * H * G <= SERIAL_NUMBERS);
-            };
-            rows(0, 0, B);
-            Matrix<E> da{carried.row(all, 0), carried.K, 1};
-            auto A = [=](auto element) { return reader<decltype(element)>(da); };
-            multiply_columns(B, H, G * H, A, matrix<T>(l.weight(d, 1)), s, [&](const auto& t) { store_tile(t, s, H); });
-            rows(1, B, 0);
-        }
+    if (l.tokens.T == 1) {
+        for (int64_t d = 0; d < D; d++) one_step_back<T, Cell>(l, run, d);
         return;
     }
     run.w = packed<T>(l, true);
-    auto all = shares(D, B, l.alone() ? 1 : threads());
+    auto all = shares(D, l.B, l.alone() ? 1 : threads());
     auto some = [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; i++) run.steps(all[i]);
     };
