@@ -14,6 +14,7 @@ import torch
 from launchers import DEVICE, DTYPES, INTERPRET, elsewhere, here, passes_in_the_interpreter, quiet
 from torch import Tensor
 
+from dlkernels import OPS, explain
 from dlkernels.ops.recurrent import definition
 from dlkernels.ops.recurrent_raw import GRU, LSTM, MODES, Mode
 
@@ -260,6 +261,30 @@ def test_the_plan(target: str, kind: str, D: int, B: int, H: int, wanted: tuple[
     numbers = 4 * (p.chunks * p.units * p.depth if p.chunks else p.stages * step)
     assert numbers * config.BYTES[kind] <= device.shared
     assert p.name != "persistent" or (programs <= device.processors and str(programs) in p.reason)
+
+
+@here
+def test_explain_tells_the_plan() -> None:
+    def told(name: str, **size: Any) -> str:
+        return explain(name, *OPS[name].make(lambda *shape: torch.zeros(shape, device=DEVICE), **size)).reason
+
+    assert "whole, as one program has all 40 units of 16 sequences" in told("lstm", B=3, T=2, I=3, H=40)
+    assert "steps, as h is projected" in told("lstm", B=3, T=2, I=3, H=40, P=5)
+    many = told("gru", B=10000, T=1, I=1, H=512, bidirectional=True)
+    assert re.search(r"steps, as 10000 programs do not run at once on \d+ multiprocessors", many)
+    assert many.split(": ")[1] == told("gru_cell", B=20000, I=1, H=512).split(": ")[1]
+
+
+@compiles
+def test_the_plan_in_words() -> None:
+    from dlkernels.gpu import aot
+    from dlkernels.gpu.launch import recording
+    from dlkernels.gpu.recurrent_layer import plan_in_words
+
+    x = torch.empty(1, 1, dtype=torch.bfloat16, device="meta")
+    with recording(aot.TARGETS["sm_90"].device):
+        assert plan_in_words(x, 4, 1, 64, 256, False).startswith("persistent, as 32 programs run at once on 132 multiprocessors")
+        assert plan_in_words(x, 4, 1, 64, 256, True).startswith("steps, as h is projected")
 
 
 @compiles

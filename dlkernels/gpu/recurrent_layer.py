@@ -16,7 +16,7 @@ from .config import ceil_div, choose, kind_of
 from .launch import check_tensor, device_of, launch, precision
 from .linear import run_dx, run_forward
 from .recurrent_cells import CELLS, Cell
-from .recurrent_plan import plan
+from .recurrent_plan import Plan, plan
 from .recurrent_tiles import APART, step_at
 
 Tensors = list[Tensor]
@@ -112,7 +112,7 @@ class Layer:
     def sweep(self, kernel, args: tuple[Tensor | None, ...], backward: bool, **constants) -> None:
         """Launch ``kernel`` as the plan says; it takes T steps forward and T + 1 backward."""
         mode, steps = precision(self.x.dtype), self.T + backward
-        p = plan(kind_of(self.x.dtype, mode), self.cell.gates, self.D, self.B, self.H, device_of(self.x))
+        p = plan_for(self.x, self.cell.gates, self.D, self.B, self.H)
         grid = ceil_div(self.H, p.units), ceil_div(self.B, p.rows), self.D
         meets = p.name == "persistent"
         counters = self.x.new_zeros(grid[1] * grid[2] * APART.value, dtype=torch.int32) if meets else None
@@ -126,6 +126,19 @@ class Layer:
                 GATES=self.cell.gates, PRECISION=mode, ALIGN=align, BB=p.rows, BU=p.units, BK=p.depth, CHUNKS=p.chunks,
                 RESIDENT=p.chunks > 0, warps=p.warps, stages=p.stages, cooperative=meets, **constants,
             )  # fmt: skip
+
+
+def plan_for(x: Tensor, gates: int, D: int, B: int, H: int) -> Plan:
+    """The plan for a layer of x's dtype on the GPU that holds x."""
+    return plan(kind_of(x.dtype, precision(x.dtype)), gates, D, B, H, device_of(x))
+
+
+def plan_in_words(x: Tensor, gates: int, D: int, B: int, H: int, projected: bool) -> str:
+    """How the steps are gone through, and why: what ``explain`` tells of a layer."""
+    if projected:
+        return "steps, as h is projected: two products and the cells are launches of their own"
+    p = plan_for(x, gates, D, B, H)
+    return f"{p.name}, as {p.reason}"
 
 
 def run_product(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:

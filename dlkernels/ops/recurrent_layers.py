@@ -19,7 +19,7 @@ from ..contract import autocast_dtype, in_autocast, is_spread, on_shards, requir
 from ..registry import Cost, Op, register
 from .dropout import dropout as between_layers
 from .recurrent import layer
-from .recurrent_raw import GRU, LSTM, MODES, RNN_RELU, RNN_TANH, Mode
+from .recurrent_raw import GRU, LSTM, MODES, RNN_RELU, RNN_TANH, Mode, plan_in_words
 
 __all__ = ["gru", "lstm", "rnn_relu", "rnn_tanh"]
 
@@ -185,6 +185,11 @@ def _register(mode: Mode, samples: Sequence[dict[str, Any]], bench: Sequence[dic
         states, params, biases = _network_of(mode, layers, bidirectional, states_and_params)
         return _unsupported(mode, x, states, params, biases, layers, bidirectional, False, None)
 
+    def plan(x: Tensor, layers: int, bidirectional: bool, *states_and_params: Tensor) -> str:
+        states, params, _ = _network_of(mode, layers, bidirectional, states_and_params)
+        hidden, width = params[0].shape[0] // mode.gates, states[0].shape[2]
+        return plan_in_words(mode, x, 1 + bidirectional, states[0].shape[1], hidden, width != hidden)
+
     def make(
         factory: Callable[..., Tensor], B: int, T: int, I: int, H: int, layers: int = 1, bidirectional: bool = False, bias: bool = True,
         P: int = 0,
@@ -215,7 +220,7 @@ def _register(mode: Mode, samples: Sequence[dict[str, Any]], bench: Sequence[dic
         Op(
             name=mode.name, module="recurrent", call=call, reference=native, native=native, make=make, samples=samples, bench=bench,
             quick=quick, tiny=[{"B": 1, "T": 5, "I": 8, "H": 8}], cost=cost, raw=("recurrent_forward", "recurrent_backward"),
-            supports=supports,
+            supports=supports, plan=plan,
         )
     )  # fmt: skip
 

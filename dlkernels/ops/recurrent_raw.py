@@ -32,6 +32,13 @@ RNN_RELU = Mode("rnn_relu", 3, gates=1, kept=0)
 MODES = (LSTM, GRU, RNN_TANH, RNN_RELU)
 
 
+def plan_in_words(mode: Mode, x: Tensor, D: int, B: int, H: int, projected: bool = False) -> str:
+    """How a GPU's kernels go through the steps: gpu/recurrent_plan.py."""
+    from ..gpu import recurrent_layer
+
+    return recurrent_layer.plan_in_words(x, mode.gates, D, B, H, projected)
+
+
 def _check(x: Tensor, h0: Tensor, c0: Tensor | None, weights: Sequence[Tensor], mode: Mode) -> tuple[int, int, int]:
     """What the kernels check, while a graph is traced; (D, B, H), the shape of c."""
     torch._check(x.dim() == 2 and h0.dim() == 3, lambda: f"x and h0 must have 2 and 3 dimensions, got {x.dim()} and {h0.dim()}")
