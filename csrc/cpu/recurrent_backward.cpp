@@ -6,6 +6,8 @@ namespace {
 using namespace recurrent;
 
 constexpr const char* BACKWARD = "recurrent_backward";
+constexpr int64_t FEW_TOKENS = 4;         // up to here products over all tokens are bound by writing their results
+constexpr int64_t TOKENS_PACKED = 1024;  // at a time: more would take no less time, and as much memory again as da
 
 // out[n] = sum over the rows of x, in order.
 template <class T> void column_sums(Matrix<T> x, int64_t M, int64_t N, T* out) {
@@ -27,8 +29,18 @@ template <class T> void column_sums(Matrix<T> x, int64_t M, int64_t N, T* out) {
 // out = a^T b, of matrices with a row for every token.
 template <class T> void outer_products(int64_t rows, int64_t columns, int64_t N, Matrix<T> a, Matrix<T> b, T* out) {
     using E = element_of<T>;
-    multiply<T>(rows, columns, N, reader<E>(a.transposed()), reader<E>(b.transposed()), out,
-                [=](const auto& t) { store_tile(t, out, columns); });
+    using C = compute_t<T>;
+    if (N > FEW_TOKENS)
+        return multiply<T>(rows, columns, N, reader<E>(a.transposed()), reader<E>(b.transposed()), out,
+                           [=](const auto& t) { store_tile(t, out, columns); }, threads(), TOKENS_PACKED);
+    each_row(rows, columns, [&](int64_t i) {
+        for (int64_t j = 0; j < columns; j += VL<C>) {
+            int lanes = std::min<int64_t>(VL<C>, columns - j);
+            vec<C> sum{};
+            for (int64_t n = 0; n < N; n++) sum += load(a.p + n * a.rs + i, 1)[0] * load(b.p + n * b.rs + j, lanes);
+            store(out + i * columns + j, sum, lanes);
+        }
+    });
 }
 
 // h' of every token in direction d: [N][P].
@@ -149,8 +161,13 @@ template <class T> void input_gradient(const Layer& l, Matrix<T> da, T* dx) {
             std::copy(w, w + l.G * l.H * l.I, ::data<T>(stacked) + d * l.G * l.H * l.I);
         }
     }
-    auto A = [=](auto element) { return reader<decltype(element)>(da); };
-    multiply_columns(l.N, l.I, K, A, matrix<T>(stacked), dx, [=, I = l.I](const auto& t) { store_tile(t, dx, I); });
+    for (int64_t n = 0; n < l.N; n += TOKENS_PACKED) {
+        Matrix<T> some{da.p + n * da.rs, da.rs, da.cs};
+        T* to = dx + n * l.I;
+        auto A = [=](auto element) { return reader<decltype(element)>(some); };
+        multiply_columns(std::min(TOKENS_PACKED, l.N - n), l.I, K, A, matrix<T>(stacked), to,
+                         [=, I = l.I](const auto& t) { store_tile(t, to, I); });
+    }
 }
 
 template <class T, class Cell> void weight_gradients(const Layer& l, const Arrays<T>& of, const Tensors& dweights) {
