@@ -165,8 +165,9 @@ def explain(op: str, *args: Any) -> Choice:
     if reason is not None:
         return Choice("reference", reason + shards)
     device = next((a.device.type for a in args if isinstance(a, torch.Tensor)), "cpu")
-    choice = kernel_on(device)
-    return Choice(choice.implementation, choice.reason + shards)
+    choice, plan = kernel_on(device), OPS[op].plan
+    how = f": {plan(*plain)}" if plan is not None and choice.implementation == "triton" and device != "meta" else ""
+    return Choice(choice.implementation, choice.reason + how + shards)
 
 
 def kernel_on(device: str) -> Choice:

@@ -41,6 +41,7 @@ class Op:
         dtypes: what both twins compute. peers: further opponents by name.
         rival: what the benchmark races as eager where it draws random numbers of its own, so that ``native`` has to be a deterministic
             twin of ``reference``.
+        plan: how the Triton kernels go about these arguments, in words, where sizes and the GPU decide that: ``explain`` tells it.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Op:
     dtypes: Sequence[torch.dtype] = FLOATS
     peers: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     rival: Callable[..., Any] | None = None
+    plan: Callable[..., str] | None = None
 
 
 OPS: dict[str, Op] = {}

@@ -14,6 +14,7 @@ import torch
 from launchers import DEVICE, DTYPES, INTERPRET, elsewhere, here, passes_in_the_interpreter, quiet
 from torch import Tensor
 
+from dlkernels import OPS, explain
 from dlkernels.ops.recurrent import definition
 from dlkernels.ops.recurrent_raw import GRU, LSTM, MODES, Mode
 
@@ -31,7 +32,7 @@ def test_in_the_interpreter() -> None:
 
 
 class Case(NamedTuple):
-    """Sequences, inputs, units, directions, steps; of packed sequences how many run at each."""
+    """Sequences, inputs, units, directions, steps; of packed sequences how many run at each; P: to how many numbers h is projected."""
 
     B: int
     I: int
@@ -41,20 +42,22 @@ class Case(NamedTuple):
     sizes: list[int] | None = None
     bias: bool = True
     recompute: bool = False
+    P: int = 0
 
     def tensors(self, mode: Mode, dtype: torch.dtype, device: str = DEVICE) -> dict[str, Any]:
         """The arguments that both launchers share."""
-        N, rows, state = sum(self.sizes) if self.sizes else self.T * self.B, mode.gates * self.H, (self.D, self.B, self.H)
+        N, rows, P = sum(self.sizes) if self.sizes else self.T * self.B, mode.gates * self.H, self.P or self.H
 
         def randn(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=dtype, device="meta") if device == "meta" else torch.randn(shape).to(device, dtype)
 
         weights = []
         for _ in range(self.D):
-            weights += [randn(rows, self.I) / self.I**0.5, randn(rows, self.H) / self.H**0.5, *(randn(rows) for _ in range(2 * self.bias))]
+            weights += [randn(rows, self.I) / self.I**0.5, randn(rows, P) / P**0.5, *(randn(rows) for _ in range(2 * self.bias))]
+            weights += [randn(P, self.H) / self.H**0.5] * bool(self.P)
         sizes = None if self.sizes is None else torch.tensor(self.sizes)
-        c0 = randn(*state) if mode.has_cell else None
-        return {"x": randn(N, self.I), "h0": randn(*state), "c0": c0, "weights": weights, "batch_sizes": sizes}
+        c0 = randn(self.D, self.B, self.H) if mode.has_cell else None
+        return {"x": randn(N, self.I), "h0": randn(self.D, self.B, P), "c0": c0, "weights": weights, "batch_sizes": sizes}
 
 
 DENSE, PACKED = Case(5, 3, 7), Case(18, 4, 6, 2, sizes=[18, 17, 17, 3, 1])
@@ -100,7 +103,7 @@ def exact(mode: Mode, args: dict[str, Any], dys: list[Tensor]) -> list[Tensor]:
 
 def check(mode: Mode, case: Case, dtype: torch.dtype) -> None:
     args = case.tensors(mode, dtype)
-    shapes = [(len(args["x"]), case.D * case.H)] + [args["h0"].shape] * (1 + mode.has_cell)
+    shapes = [(len(args["x"]), case.D * (case.P or case.H)), *(args[name].shape for name in ("h0", "c0")[: 1 + mode.has_cell])]
     dys = [torch.randn(shape).to(DEVICE, dtype) for shape in shapes]
     before = [t.clone() for t in (args["x"], args["h0"], *args["weights"])]
     for i, (f, w) in enumerate(zip(ours(mode, args, dys, not case.recompute), exact(mode, args, dys), strict=True)):
@@ -115,6 +118,13 @@ def check(mode: Mode, case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients(name: str, mode: Mode) -> None:
     check(mode, CASES[name], torch.float64)
+
+
+@here
+@pytest.mark.parametrize("case", [Case(5, 3, 7, P=3), Case(3, 2, 19, 2, sizes=[3, 3, 2], bias=False, recompute=True, P=18)], ids=str)
+def test_projections(case: Case) -> None:
+    for dtype in DTYPES:
+        check(LSTM, case, dtype)
 
 
 @here
@@ -185,7 +195,9 @@ def test_bad_arguments() -> None:
         (RuntimeError, "x has no rows", {"x": args["x"][:0]}),
         (RuntimeError, "c0 is None", {"c0": None}),
         (RuntimeError, "h0 must have dtype", {"h0": args["h0"].double()}),
-        (RuntimeError, "weights has 3 tensors", {"weights": weights[:3]}),
+        (RuntimeError, "weights has 1 tensors", {"weights": weights[:1]}),
+        (RuntimeError, r"weights\[2\] must have shape \(7, 7\), got \(28,\)", {"weights": weights[:3]}),
+        (RuntimeError, r"c0 must have shape \(1, 5, 7\)", {"c0": args["c0"][:, :3], "weights": weights[:3]}),
         (RuntimeError, r"weights\[1\] must have shape \(28, 7\), got \(28, 3\)", {"weights": weights[:1] * 4}),
         (RuntimeError, r"batch_sizes\[1\] is 6, needs 1 to 5", {"batch_sizes": torch.tensor([5, 6, 4])}),
         (RuntimeError, r"batch_sizes\[0\] is 4, needs the number of sequences in h0, 5", {"batch_sizes": torch.tensor([4])}),
@@ -249,6 +261,30 @@ def test_the_plan(target: str, kind: str, D: int, B: int, H: int, wanted: tuple[
     numbers = 4 * (p.chunks * p.units * p.depth if p.chunks else p.stages * step)
     assert numbers * config.BYTES[kind] <= device.shared
     assert p.name != "persistent" or (programs <= device.processors and str(programs) in p.reason)
+
+
+@here
+def test_explain_tells_the_plan() -> None:
+    def told(name: str, **size: Any) -> str:
+        return explain(name, *OPS[name].make(lambda *shape: torch.zeros(shape, device=DEVICE), **size)).reason
+
+    assert "whole, as one program has all 40 units of 16 sequences" in told("lstm", B=3, T=2, I=3, H=40)
+    assert "steps, as h is projected" in told("lstm", B=3, T=2, I=3, H=40, P=5)
+    many = told("gru", B=10000, T=1, I=1, H=512, bidirectional=True)
+    assert re.search(r"steps, as 10000 programs do not run at once on \d+ multiprocessors", many)
+    assert many.split(": ")[1] == told("gru_cell", B=20000, I=1, H=512).split(": ")[1]
+
+
+@compiles
+def test_the_plan_in_words() -> None:
+    from dlkernels.gpu import aot
+    from dlkernels.gpu.launch import recording
+    from dlkernels.gpu.recurrent_layer import plan_in_words
+
+    x = torch.empty(1, 1, dtype=torch.bfloat16, device="meta")
+    with recording(aot.TARGETS["sm_90"].device):
+        assert plan_in_words(x, 4, 1, 64, 256, False).startswith("persistent, as 32 programs run at once on 132 multiprocessors")
+        assert plan_in_words(x, 4, 1, 64, 256, True).startswith("steps, as h is projected")
 
 
 @compiles

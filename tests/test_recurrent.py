@@ -12,12 +12,12 @@ from support import SMALL, RawCalls, threads
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-import dlkernels
 import dlkernels.nn as nn
 from dlkernels import functional as F
 
 NETWORKS, CELLS = ("LSTM", "GRU", "RNN"), ("LSTMCell", "GRUCell", "RNNCell")
 each_network = pytest.mark.parametrize("name", NETWORKS)
+each_kind = pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in NETWORKS), ("LSTM", {"proj_size": 3})], ids=str)
 each_cell = pytest.mark.parametrize("name", CELLS)
 
 
@@ -44,31 +44,34 @@ def gradients(found: Any, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def compare(ours: Any, theirs: Any, x: Tensor, make: Any, *hx: Any) -> None:
-    """Results, their strides, and the gradients of x and of all parameters; ``make(x)`` is the input."""
+    """Results, their strides, and the gradients of x, of the states and of all parameters; ``make(x)`` is the input."""
     found, wanted = ours(make(x), *hx), theirs(make(x), *hx)
     for a, b in zip(flat(found), flat(wanted), strict=True):
         assert a.stride() == b.stride()
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
-    for a, b in zip(gradients(found, [x, *ours.parameters()]), gradients(wanted, [x, *theirs.parameters()]), strict=True):
+    leaves = [x, *flat(hx)]
+    for a, b in zip(gradients(found, [*leaves, *ours.parameters()]), gradients(wanted, [*leaves, *theirs.parameters()]), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("kind", ["batch", "one sequence", "packed", "packed, not sorted"])
-@each_network
-def test_every_option_is_torchs(name: str, kind: str) -> None:
-    options = itertools.product((1, 2), (False, True), (False, True), (False, True), (False, True))
-    for layers, bidirectional, batch_first, bias, given in list(options)[:: 5 if SMALL else 1]:
-        ours, theirs = pair(name, 4, 5, layers, bias=bias, batch_first=batch_first, bidirectional=bidirectional)
-        states = layers * (1 + bidirectional)
-        shape, state = ((3, 7, 4) if batch_first else (7, 3, 4), (states, 3, 5)) if kind != "one sequence" else ((7, 4), (states, 5))
+@each_kind
+def test_every_option_is_torchs(name: str, options: dict[str, int], kind: str) -> None:
+    several = itertools.product((1, 2), (False, True), (False, True), (False, True), (False, True))
+    for layers, bidirectional, batch_first, bias, given in list(several)[:: 5 if SMALL else 1]:
+        ours, theirs = pair(name, 4, 5, layers, bias=bias, batch_first=batch_first, bidirectional=bidirectional, **options)
+        shape, batch = ((3, 7, 4) if batch_first else (7, 3, 4), [3]) if kind != "one sequence" else ((7, 4), [])
         x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-        h = [torch.randn(state, dtype=torch.float64) for _ in range(2)]
+        widths = options.get("proj_size", 5), 5
+        h = [torch.randn(layers * (1 + bidirectional), *batch, width, dtype=torch.float64, requires_grad=True) for width in widths]
 
         def make(x: Tensor, batch_first: bool = batch_first) -> Any:
             lengths = torch.tensor([7, 4, 2] if kind == "packed" else [2, 7, 5])
             return pack_padded_sequence(x, lengths, batch_first, kind == "packed") if kind.startswith("packed") else x
 
-        compare(ours, theirs, x, make, *([tuple(h) if name == "LSTM" else h[0]] if given else []))
+        with RawCalls() as recorded:
+            compare(ours, theirs, x, make, *([tuple(h) if name == "LSTM" else h[0]] if given else []))
+        assert len(recorded.calls) == 2 * layers
 
 
 @each_cell
@@ -76,7 +79,7 @@ def test_every_option_of_a_cell_is_torchs(name: str) -> None:
     for bias, given, single in itertools.product((True, False), repeat=3):
         ours, theirs = pair(name, 4, 5, bias=bias)
         x = torch.randn((4,) if single else (3, 4), dtype=torch.float64, requires_grad=True)
-        h = [torch.randn((5,) if single else (3, 5), dtype=torch.float64) for _ in range(2)]
+        h = [torch.randn((5,) if single else (3, 5), dtype=torch.float64, requires_grad=True) for _ in range(2)]
         compare(ours, theirs, x, lambda x: x, *([tuple(h) if name == "LSTMCell" else h[0]] if given else []))
 
 
@@ -98,9 +101,9 @@ def test_dropout_is_between_layers_and_only_in_training(name: str) -> None:
         getattr(nn, name)(4, 5, dropout=0.5)
 
 
-@each_network
-def test_gates_computed_again_are_those_that_were_kept(name: str) -> None:
-    ours, _ = pair(name, 4, 33, 2, bidirectional=True)
+@each_kind
+def test_gates_computed_again_are_those_that_were_kept(name: str, options: dict[str, int]) -> None:
+    ours, _ = pair(name, 4, 33, 2, bidirectional=True, **options)
     x = torch.randn(6, 3, 4, dtype=torch.float64, requires_grad=True)
     for pack in (False, True):
         value = pack_padded_sequence(x, torch.tensor([6, 5, 2])) if pack else x
@@ -120,10 +123,10 @@ def test_gates_computed_again_are_those_that_were_kept(name: str) -> None:
 
 @pytest.mark.skipif(SMALL, reason="the interpreter has one thread")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@each_network
-def test_bits_do_not_depend_on_threads(name: str, dtype: torch.dtype) -> None:
+@each_kind
+def test_bits_do_not_depend_on_threads(name: str, options: dict[str, int], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    module = getattr(nn, name)(40, 100, 2, bidirectional=True).to(dtype)
+    module = getattr(nn, name)(40, 100, 2, bidirectional=True, **options).to(dtype)
     x = torch.randn(12, 37, 40).to(dtype).requires_grad_()
     found = []
     for count in (1, 2, 3):
@@ -134,20 +137,12 @@ def test_bits_do_not_depend_on_threads(name: str, dtype: torch.dtype) -> None:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-def test_a_projection_is_pytorchs_own() -> None:
-    ours, theirs = pair("LSTM", 4, 6, 2, proj_size=3, bidirectional=True)
-    with RawCalls() as recorded:
-        compare(ours, theirs, torch.randn(5, 3, 4, dtype=torch.float64, requires_grad=True), lambda x: x)
-    assert not recorded.calls
-    args = torch.zeros(5, 3, 4), 1, False, torch.zeros(1, 3, 3), torch.zeros(1, 3, 6)
-    weights = torch.zeros(24, 4), torch.zeros(24, 3), torch.zeros(24), torch.zeros(24), torch.zeros(3, 6)
-    assert "projection" in dlkernels.explain("lstm", *args, *weights).reason
 
 
-@each_network
-def test_compiles_without_a_break(name: str) -> None:
+@each_kind
+def test_compiles_without_a_break(name: str, options: dict[str, int]) -> None:
     torch.manual_seed(0)
-    module = getattr(nn, name)(4, 5, 2, bidirectional=True, batch_first=True)
+    module = getattr(nn, name)(4, 5, 2, bidirectional=True, batch_first=True, **options)
     x = torch.randn(3, 6, 4)
     torch._dynamo.reset()
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True)

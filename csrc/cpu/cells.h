@@ -30,8 +30,9 @@ template <class C> struct Lstm {
         V i = gate<C>(a[0] + s[0]), f = gate<C>(a[1] + s[1]), g = squash<C>(a[2] + s[2]), o = gate<C>(a[3] + s[3]);
         kept[0] = i, kept[1] = f, kept[2] = g, kept[3] = o;
         c = f * c + i * g;
-        return o * squash<C>(c);
+        return output(kept, c);
     }
+    static INLINE V output(const V* kept, V c) { return kept[3] * squash<C>(c); }
     // before and after: c' and c
     static INLINE void backward(const V* kept, V before, V after, V dh, V& dc, V* da, V&) {
         V i = kept[0], f = kept[1], g = kept[2], o = kept[3], y = squash<C>(after);

@@ -8,12 +8,35 @@ using namespace recurrent;
 constexpr const char* FORWARD = "recurrent_forward";
 constexpr int64_t TOKENS_AT_ONCE = 512;
 
+// The only step of sequences of one token, in direction d: nothing to pack for.
+template <class T, class Cell> void one_step(const Layer& l, const Forward<T, Cell>& run, int64_t d) {
+    using E = typename step_micro<T>::Element;
+    constexpr int G = Cell::GATES;
+    const int64_t B = l.B, H = l.H, P = l.P;
+    Share all{d, 0, 1, B, 0};
+    Tensor sums = empty(statistics_type(l.x), {B, std::max(G * H, P)});
+    auto s = ::data<compute_t<T>>(sums);
+    Matrix<T> h0{run.to.h0 + d * B * P, P, 1};
+    multiply_rows(B, G * H, P, h0, matrix<T>(l.weight(d, 1)), s, [&](const auto& t) { store_tile(t, s, G * H); });
+    auto rows = [&](int64_t begin, int64_t end) {
+        run.begin(all, 0, begin, end);
+        run.units(all, 0, 0, begin, end, 0, H, {s, G * H, H});
+    };
+    parallel(B, rows, B * H * G <= SERIAL_NUMBERS);
+    if (!l.projected) return;
+    Matrix<E> made{run.carried.inner_row(all), run.carried.W, 1};
+    Matrix<T> w_hr = matrix<T>(l.weight(d, l.each - 1));
+    auto keep = [&](const auto& t) { store_tile(t, s, P); };
+    if constexpr (std::is_same_v<E, T>) multiply_rows(B, P, H, made, w_hr, s, keep);
+    else multiply<T>(B, P, H, reader<element_of<T>>(made), reader<element_of<T>>(w_hr), s, keep);
+    run.outputs(all, 0, 0, B, 0, P, {s, P, P});
+}
+
 template <class T, class Cell> void forward(const Layer& l, const Arrays<T>& to) {
     using C = compute_t<T>;
-    using Micro = step_micro<T>;
     constexpr int G = Cell::GATES;
     const int64_t D = l.D, H = l.H, I = l.I, N = l.N, T_ = l.tokens.T;
-    Carried<T, Cell> carried(D, l.B, H, H);
+    Carried<T, Cell> carried(D, l.B, l.P, H, l.projected ? H : 0);
     Forward<T, Cell> run{l.tokens, to, carried, {}};
     std::vector<C> bias[2];
     for (int64_t d = 0; d < D; d++) bias[d] = biases<T, Cell>(l, d, run.b_hn[d]);
@@ -32,36 +55,17 @@ template <class T, class Cell> void forward(const Layer& l, const Arrays<T>& to)
         });
         run.input[d] = a, run.first[d] = first;
     };
-    if (T_ == 1) {  // nothing to pack for
-        for (int64_t d = 0; d < D; d++) {
-            input(d, 0, 1);
-            Tensor sums = empty(statistics_type(l.x), {l.B, G * H});
-            C* s = ::data<C>(sums);
-            multiply_rows(l.B, G * H, H, Matrix<T>{to.h0 + d * l.B * H, H, 1}, matrix<T>(l.weight(d, 1)), s,
-                          [&](const auto& t) { store_tile(t, s, G * H); });
-            Share all{d, 0, 1, l.B, 0};
-            auto rows = [&](int64_t begin, int64_t end) {
-                run.begin(all, 0, begin, end);
-                run.units(all, 0, 0, begin, end, 0, H, {s, G * H, H});
-            };
-            parallel(l.B, rows, l.B * H * G <= SERIAL_NUMBERS);
-        }
+    if (T_ == 1) {
+        for (int64_t d = 0; d < D; d++) input(d, 0, 1), one_step<T, Cell>(l, run, d);
         return;
     }
-    Panels<Micro> w[2];
-    for (int64_t d = 0; d < D; d++) {
-        w[d] = {H, H, G};
-        using E = typename Micro::Element;
-        w[d].p = d ? scratch<E, 11>(w[d].room()) : scratch<E, 10>(w[d].room());
-        Matrix<T> w_hh = matrix<T>(l.weight(d, 1));
-        w[d].pack([&](int g, int64_t u, int rows, int64_t k, int kc) { return read<E>(w_hh, g * H + u, rows, k, kc); });
-    }
+    run.w = packed<T>(l, false);
     auto all = shares(D, l.B, l.alone() ? 1 : threads());
     for (int64_t p = 0; p < T_; p += steps) {
         int64_t until = std::min(T_, p + steps);
         for (int64_t d = 0; d < D; d++) input(d, p, until);
         auto some = [&](int64_t begin, int64_t end) {
-            for (int64_t i = begin; i < end; i++) run.steps(all[i], p, until, w[all[i].d]);
+            for (int64_t i = begin; i < end; i++) run.steps(all[i], p, until);
         };
         parallel(int64_t(all.size()), some, l.alone());
     }
@@ -72,7 +76,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrent_forward(Tensor x, T
                                                                      bool keep_cells) {
     Layer l(FORWARD, x, h0, c0, weights, batch_sizes, mode);
     ScalarType numbers = statistics_type(x);
-    Tensor y = empty(x, {l.N, l.D * l.H}), hn = empty(x, {l.D, l.B, l.H}), cn = l.cell ? empty(x, {l.D, l.B, l.H}) : Tensor();
+    Tensor y = empty(x, {l.N, l.D * l.P}), hn = empty(x, {l.D, l.B, l.P}), cn = l.cell ? empty(x, {l.D, l.B, l.H}) : Tensor();
     bool gated = mode == LSTM || mode == GRU;
     Tensor gates = keep_gates && gated ? empty(numbers, {l.N, l.D, 4, l.H}) : Tensor();
     Tensor cells = keep_cells && l.cell ? empty(numbers, {l.N, l.D, l.H}) : Tensor();

@@ -9,6 +9,8 @@
 //           +----+----+----+----+
 //
 // Backward is the same with dh = W_hh^T da: da of all gates are the rows, and there is one tile.
+//
+// Where an LSTM projects its h, what the step has made are the rows of one more product, with W_hr; backward W_hr^T dh comes first.
 #pragma once
 #include "cells.h"
 #include "sequences.h"
@@ -20,11 +22,14 @@ template <class T, class Cell> struct Carried {
     using C = compute_t<T>;
     using Micro = step_micro<T>;
     using E = typename Micro::Element;
-    int64_t B, K, H;
+    int64_t B, K, H, W;
     std::vector<E> rows;   // [D][2][B][K]: h, or da of all gates; zero beyond the last number
     std::vector<C> state;  // [D][B][H]
-    Carried(int64_t D, int64_t B, int64_t numbers, int64_t units)
-        : B(B), K(round_up(numbers, Micro::NR)), H(round_up(units, Micro::NR)), rows(D * 2 * B * K), state(Cell::HAS_STATE ? D * B * H : 0) {}
+    std::vector<E> inner;  // [D][B][W]: what goes into the product with W_hr, o tanh(c) or dh; it does not outlive a step
+    Carried(int64_t D, int64_t B, int64_t numbers, int64_t units, int64_t projected)
+        : B(B), K(round_up(numbers, Micro::NR)), H(round_up(units, Micro::NR)), W(round_up(projected, Micro::NR)), rows(D * 2 * B * K),
+          state(Cell::HAS_STATE ? D * B * H : 0), inner(D * B * W) {}
+    E* inner_row(const Share& s, int64_t j = 0) { return inner.data() + (s.d * B + s.base + j) * W; }
     E* row(const Share& s, int64_t p, int64_t j = 0) { return rows.data() + ((s.d * 2 + (p & 1)) * B + s.base + j) * K; }
     C* state_of(const Share& s, int64_t j) { return Cell::HAS_STATE ? state.data() + (s.d * B + s.base + j) * H : nullptr; }
 };
@@ -32,13 +37,13 @@ template <class T, class Cell> struct Carried {
 // One layer: sizes, and the arrays that both ways share. Null where there is none.
 template <class T> struct Arrays {
     using C = compute_t<T>;
-    int64_t D, H;
-    T *y, *h0, *c0;      // [N][D][H]; [D][B][H]
+    int64_t D, H, P;     // P: the width of h, y and their gradients, H but for a projection
+    T *y, *h0, *c0;      // [N][D][P]; [D][B][P], [D][B][H]
     C *gates, *cells;    // [N][D][KEPT][H], [N][D][H]
-    T *hn, *cn;          // forward: [D][B][H]
+    T *hn, *cn;          // forward, as h0 and c0
     T *dy, *dhn, *dcn;   // backward
     T *dh0, *dc0;
-    T *da, *ds;          // backward: [N][D][GATES][H] and, in a GRU, [N][D][H]
+    T *da, *ds, *dh;     // backward: [N][D][GATES][H]; in a GRU, [N][D][H]; with a projection, [N][D][P]
 };
 
 // Fetch what a block of units of one row will need, while its sums are being computed: `count` arrays, `step` numbers apart, of memory that
@@ -64,6 +69,7 @@ template <class T, class Cell> struct Forward {
     const Arrays<T>& to;
     State& carried;
     const C* b_hn[2];  // of a GRU
+    StepWeights<step_micro<T>> w = {};
     const C* input[2] = {};  // W_ih x + biases of the tokens from `first` on, for each direction: [tokens][GATES H]
     int64_t first[2] = {};
 
@@ -72,14 +78,30 @@ template <class T, class Cell> struct Forward {
     // Rows that begin at the p-th step of a share take h0 and c0.
     void begin(const Share& s, int64_t p, int64_t from, int64_t until) const {
         for (int64_t j = from; j < until; j++) {
-            int64_t at = (s.d * tokens.B + s.sequence(j)) * to.H;
-            for (int64_t u = 0; u < to.H; u += VL<C>) {
-                int lanes = std::min<int64_t>(VL<C>, to.H - u);
-                V h = load(to.h0 + at + u, lanes);
-                store(carried.row(s, p, j) + u, h, lanes);
-                if constexpr (Cell::HAS_STATE) store(carried.state_of(s, j) + u, Cell::HAS_CELL ? load(to.c0 + at + u, lanes) : h, lanes);
-            }
+            int64_t sequence = s.d * tokens.B + s.sequence(j);
+            auto copy = [](const T* from, int64_t count, auto* to) {
+                for (int64_t u = 0; u < count; u += VL<C>) {
+                    int lanes = std::min<int64_t>(VL<C>, count - u);
+                    store(to + u, load(from + u, lanes), lanes);
+                }
+            };
+            copy(to.h0 + sequence * to.P, to.P, carried.row(s, p, j));
+            if constexpr (Cell::HAS_STATE) copy((Cell::HAS_CELL ? to.c0 : to.h0) + sequence * to.H, to.H, carried.state_of(s, j));
         }
+    }
+    // Where h of row j goes at step t, the p-th: to y, to where the next step reads it, and to hn at the end of its sequence.
+    struct Output {
+        T *y, *hn;
+        typename State::E* next;
+        INLINE void put(int64_t u, V h, int lanes) const {
+            if (y) store(y + u, h, lanes);
+            store(next + u, h, lanes);
+            if (hn) store(hn + u, h, lanes);
+        }
+    };
+    Output output(const Share& s, int64_t t, int64_t p, int64_t j, bool last) const {
+        int64_t b = s.sequence(j), n = tokens.offset[t] + b;
+        return {to.y + (n * to.D + s.d) * to.P, last ? to.hn + (s.d * tokens.B + b) * to.P : nullptr, carried.row(s, p + 1, j)};
     }
     // Units [u0, u1) of rows [j0, j1) at step t, the p-th.
     void units(const Share& s, int64_t t, int64_t p, int64_t j0, int64_t j1, int64_t u0, int64_t u1, const Sums<C>& sums) const {
@@ -88,23 +110,30 @@ template <class T, class Cell> struct Forward {
             int64_t b = s.sequence(j), n = tokens.offset[t] + b, place = (n * D + d) * H, end = (d * tokens.B + b) * H;
             bool last = tokens.beside(t, b, d == 0) < 0;
             const C* a_n = input[d] + (n - first[d]) * G * H;
-            auto* next = carried.row(s, p + 1, j);
+            Output out = carried.W ? Output{nullptr, nullptr, carried.inner_row(s, j)} : output(s, t, p, j, last);
             for (int64_t u = u0; u < u1; u += VL<C>) {
                 int lanes = std::min<int64_t>(VL<C>, u1 - u);
                 V a[G], s_[G], kept[KEPT + 1], state{};
                 for (int g = 0; g < G; g++) a[g] = load(a_n + g * H + u, lanes), s_[g] = sums.at(j, g, u - u0, lanes);
                 if constexpr (Cell::HAS_STATE) state = load(carried.state_of(s, j) + u);
                 V h = Cell::forward(a, s_, Cell::SPLIT && b_hn[d] ? load(b_hn[d] + u, lanes) : V{}, state, kept);
-                store(to.y + place + u, h, lanes);
-                store(next + u, h, lanes);
+                out.put(u, h, lanes);
                 if constexpr (Cell::HAS_STATE) store(carried.state_of(s, j) + u, state);
                 if (to.gates)
                     for (int g = 0; g < KEPT; g++) store(to.gates + place * KEPT + g * H + u, kept[g], lanes);
                 if (to.cells) store(to.cells + place + u, state, lanes);
-                if (last) {
-                    store(to.hn + end + u, h, lanes);
-                    if constexpr (Cell::HAS_CELL) store(to.cn + end + u, state, lanes);
-                }
+                if constexpr (Cell::HAS_CELL)
+                    if (last) store(to.cn + end + u, state, lanes);
+            }
+        }
+    }
+    // With a projection: h from u0 to u1 of the first rows, which `sums` are.
+    void outputs(const Share& s, int64_t t, int64_t p, int64_t rows, int64_t u0, int64_t u1, const Sums<C>& sums) const {
+        for (int64_t j = 0; j < rows; j++) {
+            Output out = output(s, t, p, j, tokens.beside(t, s.sequence(j), s.d == 0) < 0);
+            for (int64_t u = u0; u < u1; u += VL<C>) {
+                int lanes = std::min<int64_t>(VL<C>, u1 - u);
+                out.put(u, sums.at(j, 0, u - u0, lanes), lanes);
             }
         }
     }
@@ -117,17 +146,21 @@ template <class T, class Cell> struct Forward {
         }
     }
     // Steps [p0, p1) of a share, in its own order.
-    void steps(const Share& s, int64_t p0, int64_t p1, const Panels<step_micro<T>>& w) const {
+    void steps(const Share& s, int64_t p0, int64_t p1) const {
         constexpr int NR = Panels<step_micro<T>>::NR;
         C* sums = scratch<C, 0>(s.count * G * NR);
         bool up = s.d == 0;
         for (int64_t p = p0; p < p1; p++) {
             int64_t t = tokens.step(up, p), n = s.running(tokens.size[t]);
             begin(s, p, p == 0 ? 0 : s.running(tokens.size[tokens.step(up, p - 1)]), n);
-            for (int64_t b = 0; b < w.blocks(); b++) {
+            for (int64_t b = 0; b < w.hh[s.d].blocks(); b++) {
                 fetch_units(s, t, n, b * NR, std::min<int64_t>(NR, to.H - b * NR));
-                w.multiply(n, carried.row(s, p), carried.K, b, sums);
+                w.hh[s.d].multiply(n, carried.row(s, p), carried.K, b, sums);
                 units(s, t, p, 0, n, b * NR, std::min(to.H, (b + 1) * NR), {sums, G * NR, NR});
+            }
+            for (int64_t b = 0; b < w.hr[s.d].blocks(); b++) {
+                w.hr[s.d].multiply(n, carried.inner_row(s), carried.W, b, sums);
+                outputs(s, t, p, n, b * NR, std::min(to.P, (b + 1) * NR), {sums, NR, NR});
             }
         }
     }
@@ -139,32 +172,38 @@ template <class T, class Cell> struct Backward {
     const Tokens& tokens;
     const Arrays<T>& of;
     Carried<T, Cell>& carried;
+    StepWeights<step_micro<T>> w = {};
 
     static constexpr int G = Cell::GATES, KEPT = Cell::KEPT;
 
     static V optional(const T* p, int64_t at, int lanes) { return p ? load(p + at, lanes) : V{}; }
 
+    // dh of sequence b from unit u on: what comes `back` from the step after, and dy of token n. Without a token it is the gradient of h0.
+    INLINE V arrived(const Share& s, int64_t b, int64_t n, int64_t u, int lanes, V back) const {
+        if (n >= 0) return back + optional(of.dy, (n * of.D + s.d) * of.P + u, lanes);
+        store(of.dh0 + (s.d * tokens.B + b) * of.P + u, back, lanes);
+        return V{};
+    }
     // Units [u0, u1) of rows [j0, j1) at step t, the p-th from the end. Rows below `known` have W_hh^T da of the step that came after in
-    // `sums`; rows from `running` on have no token at this step: what comes back to them is the gradient of h0.
+    // `sums`; rows from `running` on have no token at this step. With a projection `sums` are W_hr^T dh, see `outputs`.
     void units(const Share& s, int64_t t, int64_t p, int64_t j0, int64_t j1, int64_t known, int64_t running, int64_t u0, int64_t u1,
                const Sums<C>& sums) const {
         const int64_t D = of.D, H = of.H, d = s.d;
         for (int64_t j = j0; j < j1; j++) {
-            int64_t b = s.sequence(j), n = j < running ? tokens.offset[t] + b : 0, place = (n * D + d) * H, end = (d * tokens.B + b) * H;
+            int64_t b = s.sequence(j), n = j < running ? tokens.offset[t] + b : -1, place = (n * D + d) * H, end = (d * tokens.B + b) * H;
             int64_t previous = j < running ? tokens.beside(t, b, d == 1) : -1;
             auto* row = carried.row(s, p, j);
             for (int64_t u = u0; u < u1; u += VL<C>) {
                 int lanes = std::min<int64_t>(VL<C>, u1 - u);
                 V carry{}, kept[KEPT + 1], da[G], ds{}, before{}, after{};
-                V dh = j < known ? sums.at(j, 0, u - u0, lanes) : optional(of.dhn, end + u, lanes);
+                V dh = j < (carried.W ? running : known) ? sums.at(j, 0, u - u0, lanes) : optional(of.dhn, end + u, lanes);
                 if constexpr (Cell::HAS_STATE) carry = j < known ? load(carried.state_of(s, j) + u) : optional(of.dcn, end + u, lanes);
                 if constexpr (Cell::HAS_STATE && !Cell::HAS_CELL) dh += carry;
-                if (j >= running) {
-                    store(of.dh0 + end + u, dh, lanes);
+                if (!carried.W) dh = arrived(s, b, n, u, lanes, dh);
+                if (n < 0) {
                     if constexpr (Cell::HAS_CELL) store(of.dc0 + end + u, carry, lanes);
                     continue;
                 }
-                dh += optional(of.dy, place + u, lanes);
                 for (int g = 0; g < KEPT; g++) kept[g] = load(of.gates + place * KEPT + g * H + u, lanes);
                 int64_t earlier = (previous * D + d) * H + u;
                 if constexpr (Cell::HAS_CELL) {
@@ -185,10 +224,25 @@ template <class T, class Cell> struct Backward {
             }
         }
     }
+    // With a projection: dh from u0 to u1 of the first rows, for the product with W_hr^T and for the gradient of W_hr.
+    void outputs(const Share& s, int64_t t, int64_t rows, int64_t known, int64_t running, int64_t u0, int64_t u1,
+                 const Sums<C>& sums) const {
+        for (int64_t j = 0; j < rows; j++) {
+            int64_t b = s.sequence(j), n = j < running ? tokens.offset[t] + b : -1;
+            for (int64_t u = u0; u < u1; u += VL<C>) {
+                int lanes = std::min<int64_t>(VL<C>, u1 - u);
+                V back = j < known ? sums.at(j, 0, u - u0, lanes) : optional(of.dhn, (s.d * tokens.B + b) * of.P + u, lanes);
+                V dh = arrived(s, b, n, u, lanes, back);
+                if (n < 0) continue;
+                store(carried.inner_row(s, j) + u, dh, lanes);
+                store(of.dh + (n * of.D + s.d) * of.P + u, dh, lanes);
+            }
+        }
+    }
     void fetch_units(const Share& s, int64_t t, int64_t n, int64_t u, int64_t units) const {
         for (int64_t j = 0; j < n; j++) {
             int64_t place = ((tokens.offset[t] + s.sequence(j)) * of.D + s.d) * of.H;
-            if (of.dy) fetch(of.dy + place + u, 1, 0, units);
+            if (of.dy && !carried.W) fetch(of.dy + place + u, 1, 0, units);
             if (KEPT) fetch(of.gates + place * KEPT + u, KEPT, of.H, units);
             if (Cell::HAS_CELL) fetch(of.cells + place + u, 1, 0, units);
             else fetch(of.y + place + u, 1, 0, units);
@@ -196,16 +250,23 @@ template <class T, class Cell> struct Backward {
         }
     }
     // All steps of a share, from the last to the first, and one more for h0.
-    void steps(const Share& s, const Panels<step_micro<T>>& w) const {
+    void steps(const Share& s) const {
         constexpr int NR = Panels<step_micro<T>>::NR;
         C* sums = scratch<C, 0>(s.count * NR);
         bool up = s.d == 1;
         for (int64_t p = 0, known = 0; p <= tokens.T; p++) {
             int64_t t = p < tokens.T ? tokens.step(up, p) : 0, running = p < tokens.T ? s.running(tokens.size[t]) : 0;
-            for (int64_t b = 0; b < w.blocks(); b++) {
-                if (running) fetch_units(s, t, running, b * NR, std::min<int64_t>(NR, of.H - b * NR));
-                if (known) w.multiply(known, carried.row(s, p - 1), carried.K, b, sums);
-                units(s, t, p, 0, std::max(known, running), known, running, b * NR, std::min(of.H, (b + 1) * NR), {sums, NR, NR});
+            int64_t rows = std::max(known, running);
+            for (int64_t b = 0, u = 0; b < w.hh[s.d].blocks(); b++, u += NR) {
+                if (running && !carried.W) fetch_units(s, t, running, u, std::min<int64_t>(NR, of.H - u));
+                if (known) w.hh[s.d].multiply(known, carried.row(s, p - 1), carried.K, b, sums);
+                if (carried.W) outputs(s, t, rows, known, running, u, std::min(of.P, u + NR), {sums, NR, NR});
+                else units(s, t, p, 0, rows, known, running, u, std::min(of.H, u + NR), {sums, NR, NR});
+            }
+            for (int64_t b = 0, u = 0; b < w.hr[s.d].blocks(); b++, u += NR) {
+                if (running) fetch_units(s, t, running, u, std::min<int64_t>(NR, of.H - u));
+                w.hr[s.d].multiply(running, carried.inner_row(s), carried.W, b, sums);
+                units(s, t, p, 0, rows, known, running, u, std::min(of.H, u + NR), {sums, NR, NR});
             }
             known = running;
         }

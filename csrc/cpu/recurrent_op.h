@@ -21,8 +21,8 @@ template <class C, class F> void with_cell(int64_t mode, const F& f) {
 // The arguments that both ways share, checked.
 struct Layer {
     ScalarType dtype;
-    int64_t N, I, D, B, H, G, each;  // `each`: weights of a direction, 2 or 4
-    bool cell;
+    int64_t N, I, D, B, H, P, G, each;  // P: the width of h; `each`: weights of a direction, w_ih, w_hh, perhaps both biases and w_hr
+    bool cell, projected;
     Tokens tokens;
     Tensor x, h0, c0;
     Tensors weights;
@@ -32,19 +32,23 @@ struct Layer {
         if (mode < LSTM || mode > RNN_RELU) fail(op, ": mode is ", mode, ", needs 0 (lstm) to 3 (rnn with relu)");
         ranked(op, "x", x_, 2), ranked(op, "h0", h0_, 3);
         dtype = x_.scalar_type();
-        N = x_.size(0), I = x_.size(1), D = h0_.size(0), B = h0_.size(1), H = h0_.size(2), cell = mode == LSTM;
+        N = x_.size(0), I = x_.size(1), D = h0_.size(0), B = h0_.size(1), H = P = h0_.size(2), cell = mode == LSTM;
         G = mode == LSTM ? 4 : mode == GRU ? 3 : 1;
         if (D != 1 && D != 2) fail(op, ": h0 has shape ", shape_text(h0_), ", needs 1 or 2 directions in front");
         checked(op, "x", x_, dtype, {N, I});
-        checked(op, "h0", h0_, dtype, {D, B, H});
+        checked(op, "h0", h0_, dtype, {D, B, P});
         if (cell && !c0_) fail(op, ": c0 is None, needs the state of the cells of an lstm");
+        int64_t count = int64_t(weights_.size());
+        each = count / D, projected = each % 2;
+        if (count % D || each < 2 || each > (cell ? 5 : 4) || (projected && !cell))
+            fail(op, ": weights has ", count, " tensors, needs 2 or 4", cell ? ", or 3 or 5 with a projection," : "", " for each of ", D,
+                 " directions");
+        if (projected) H = ranked(op, "c0", *c0_, 3).size(2);
         if (cell) checked(op, "c0", *c0_, dtype, {D, B, H});
-        if (int64_t(weights_.size()) != 2 * D && int64_t(weights_.size()) != 4 * D)
-            fail(op, ": weights has ", weights_.size(), " tensors, needs 2 or 4 for each of ", D, " directions");
-        each = int64_t(weights_.size()) / D;
-        for (int64_t i = 0; i < int64_t(weights_.size()); i++) {
+        for (int64_t i = 0; i < count; i++) {
             std::string name = "weights[" + std::to_string(i) + "]";
-            if (i % each < 2) checked(op, name.c_str(), weights_[i], dtype, {G * H, i % each ? H : I});
+            if (projected && i % each == each - 1) checked(op, name.c_str(), weights_[i], dtype, {P, H});
+            else if (i % each < 2) checked(op, name.c_str(), weights_[i], dtype, {G * H, i % each ? P : I});
             else checked(op, name.c_str(), weights_[i], dtype, {G * H});
         }
         find_tokens(op, sizes);
@@ -75,15 +79,36 @@ struct Layer {
         }
         if (total != N) fail(op, ": batch_sizes sum up to ", total, " tokens, and x has ", N, " rows");
     }
-    bool empty() const { return N == 0 || B == 0 || H == 0; }
-    bool alone() const { return double(N) * D * G * H * H < SERIAL; }  // too little to share out
+    bool empty() const { return N == 0 || B == 0 || H == 0 || P == 0; }
+    bool biased() const { return each >= 4; }
+    bool alone() const { return double(N) * D * G * H * P < SERIAL; }  // too little to share out
     const Tensor& weight(int64_t d, int64_t i) const { return weights[d * each + i]; }
     template <class T> Arrays<T> arrays() const {
         Arrays<T> a{};
-        a.D = D, a.H = H, a.h0 = ::data<T>(h0), a.c0 = ::data<T>(c0);
+        a.D = D, a.H = H, a.P = P, a.h0 = ::data<T>(h0), a.c0 = ::data<T>(c0);
         return a;
     }
 };
+// The weights of the steps, packed in scratch of this thread.
+template <class T> StepWeights<step_micro<T>> packed(const Layer& l, bool back) {
+    using E = typename step_micro<T>::Element;
+    StepWeights<step_micro<T>> w;
+    for (int64_t d = 0; d < l.D; d++) {
+        w.hh[d] = back ? Panels<step_micro<T>>{l.P, l.G * l.H, 1} : Panels<step_micro<T>>{l.H, l.P, l.G};
+        if (l.projected) w.hr[d] = back ? Panels<step_micro<T>>{l.H, l.P, 1} : Panels<step_micro<T>>{l.P, l.H, 1};
+    }
+    E* room = scratch<E, 10>(l.D * (w.hh[0].room() + w.hr[0].room()));
+    auto pack = [&](Panels<step_micro<T>>& panels, Matrix<T> weight) {
+        panels.p = room, room += panels.room();
+        if (back) weight = weight.transposed();
+        panels.pack([&](int g, int64_t u, int count, int64_t k, int kc) { return read<E>(weight, g * panels.units + u, count, k, kc); });
+    };
+    for (int64_t d = 0; d < l.D; d++) {
+        pack(w.hh[d], matrix<T>(l.weight(d, 1)));
+        if (l.projected) pack(w.hr[d], matrix<T>(l.weight(d, l.each - 1)));
+    }
+    return w;
+}
 template <class T> T* data(const OptionalTensor& t) { return t ? ::data<T>(*t) : nullptr; }
 
 // The biases of a direction as one; the last gate of a GRU keeps its b_hh apart.
@@ -91,7 +116,7 @@ template <class T, class Cell> std::vector<compute_t<T>> biases(const Layer& l, 
     using C = compute_t<T>;
     int64_t rows = Cell::GATES * l.H, apart = Cell::SPLIT ? l.H : 0;
     std::vector<C> sum(rows + round_up(apart, VL<C>));
-    if (l.each == 2) return sum;
+    if (!l.biased()) return sum;
     auto b_ih = ::data<T>(l.weight(d, 2)), b_hh = ::data<T>(l.weight(d, 3));
     for (int64_t i = 0; i < rows; i++) {
         C ih = load(b_ih + i, 1)[0], hh = load(b_hh + i, 1)[0];

@@ -88,4 +88,9 @@ template <class Micro> struct Panels {
     }
 };
 
+// What the steps multiply with, for each direction: W_hh and, where h is projected, W_hr; as they are or, for the way back, transposed.
+template <class Micro> struct StepWeights {
+    Panels<Micro> hh[2] = {}, hr[2] = {};
+};
+
 }  // namespace recurrent

@@ -1,10 +1,11 @@
 """One recurrent layer on the GPU: products over all tokens at once around a sweep through the steps.
 
     forward     a = W_ih x + b_ih                    linear.py, one product for both directions, in the dtype of sums
-                y, gates, cells                      the sweep (recurrent_sweeps.py), as recurrent_plan.py chooses
+                y, gates, cells                      the sweep (recurrent_sweeps.py), as recurrent_plan.py chooses; where an LSTM projects
+                                                     h, step by step (recurrent_projected.py)
     backward    gates, where they were not kept      again: W_hh h' + b_hh of all tokens, which y tells, and the cells of all at once
                 da, ds                               the sweep
-                dx = da W_ih   dW_ih = daᵀ x   dW_hh = dsᵀ h'   db = Σ da, Σ ds      linear.py
+                dx = da W_ih   dW_ih = daᵀ x   dW_hh = dsᵀ h'   dW_hr = dhᵀ o tanh(c)   db = Σ da, Σ ds      linear.py
 
 da, the gradient of a, and ds, that of W_hh h' + b_hh, are one but in a GRU. They are in x's dtype, for the tensor cores.
 """
@@ -21,8 +22,9 @@ from torch import Tensor
 from ..contract import statistics_dtype
 from .config import ceil_div, choose, kind_of
 from .launch import check_tensor, device_of, launch, precision
-from .linear import run_activation, run_dweight, run_dx
-from .recurrent_layer import Layer, Tensors, check_kept, check_layer, run_product
+from .linear import run_activation, run_dweight
+from .recurrent_layer import Layer, Tensors, check_kept, check_layer, run_product, run_product_back
+from .recurrent_projected import steps_backward, steps_forward, unprojected
 from .recurrent_sweeps import recurrent_backward, recurrent_forward
 from .recurrent_tiles import nothing, parts_of, store_parts
 
@@ -44,14 +46,16 @@ def forward(
     """Launcher of the forward; shapes and errors as the op's contract says."""
     layer = check_layer(x, h0, c0, weights, batch_sizes, mode)
     cell, wide = layer.cell, statistics_dtype(x)
-    y, hn = x.new_empty(layer.N, layer.D * layer.H), layer.h0.clone()
+    y, hn = x.new_empty(layer.N, layer.D * layer.P), layer.h0.clone()
     gates = x.new_empty((layer.N, layer.D, cell.kept, layer.H), dtype=wide) if keep_gates and cell.kept else None
     cells = x.new_empty((layer.N, layer.D, layer.H), dtype=wide) if keep_cells and cell.has_cell else None
     if layer.empty:
-        return y, hn, hn.clone() if cell.has_cell else None, gates, cells
-    state = (layer.h0 if layer.c0 is None else layer.c0).to(wide, copy=True)
-    args = layer.input_products(gates), layer.h0, layer.w_hh, layer.b_hh, state, hn, y, gates, cells
-    layer.sweep(recurrent_forward, args, False, CELL=cell.forward)
+        return y, hn, None if layer.c0 is None else layer.c0.clone(), gates, cells
+    a, state = layer.input_products(gates), (layer.h0 if layer.c0 is None else layer.c0).to(wide, copy=True)
+    if layer.w_hr is not None:
+        steps_forward(layer, layer.w_hr, a, state, hn, y, gates, cells)
+    else:
+        layer.sweep(recurrent_forward, (a, layer.h0, layer.w_hh, layer.b_hh, state, hn, y, gates, cells), False, CELL=cell.forward)
     return y, hn, state.to(x.dtype) if cell.has_cell else None, gates, cells
 
 
@@ -63,12 +67,13 @@ def backward(
     layer = check_layer(x, h0, c0, weights, batch_sizes, mode)
     cell, wide = layer.cell, statistics_dtype(x)
     y, gates, cells = check_kept(layer, y, gates, cells)
-    for name, t, shape in (("dy", dy, tuple(y.shape)), ("dhn", dhn, tuple(h0.shape)), ("dcn", dcn, tuple(h0.shape))):
+    like_c = layer.h0 if layer.c0 is None else layer.c0
+    for name, t, like in (("dy", dy, y), ("dhn", dhn, layer.h0), ("dcn", dcn, like_c)):
         if t is not None:
-            check_tensor(name, t, x, shape)
+            check_tensor(name, t, x, tuple(like.shape))
     dx = x.new_empty(x.shape) if need_dx else None
     dweights = [w.new_empty(w.shape) for w in weights] if need_dweights else []
-    dh, dc = (_widened(d, layer.h0, wide) for d in (dhn, dcn))
+    dh, dc = _widened(dhn, layer.h0, wide), _widened(dcn, like_c, wide)
     if layer.empty:
         return dx, dh.to(x.dtype), dc.to(x.dtype) if cell.has_cell else None, dweights
     before = layer.states_before(y) if need_dweights or (cell.kept and gates is None) else None
@@ -76,19 +81,23 @@ def backward(
         gates = _gates_again(layer, before)
     da = x.new_empty(layer.N, layer.D, layer.rows)
     ds = torch.empty_like(da) if cell.parts else None
-    values = (y, layer.h0) if cells is None or layer.c0 is None else (cells, layer.c0.to(wide))
-    args = None if dy is None else dy.contiguous(), gates, *values, layer.w_hh, dh, dc, da, ds
-    layer.sweep(recurrent_backward, args, True, CELL=cell.backward, KEPT=cell.kept)
+    dhs = None if layer.w_hr is None else x.new_empty(layer.D, layer.N, layer.P)
+    dy, values = None if dy is None else dy.contiguous(), (y, layer.h0) if cells is None else (cells, like_c.to(wide))
+    if dhs is not None and layer.w_hr is not None:
+        steps_backward(layer, layer.w_hr, dy, gates, *values, dh, dc, da, dhs)
+    else:
+        layer.sweep(recurrent_backward, (dy, gates, *values, layer.w_hh, dh, dc, da, ds), True, CELL=cell.backward, KEPT=cell.kept)
     if dx is not None and dx.numel():
-        a = da.view(layer.N, -1)
-        c = choose("dx", kind_of(x.dtype, precision(x.dtype)), layer.N, x.shape[1], a.shape[1], device_of(x))
-        run_dx(c, a, None, layer.w_ih, dx)
+        run_product_back(da.view(layer.N, -1), layer.w_ih, dx)
     if before is not None and need_dweights:
         each = len(weights) // layer.D
         for d in range(layer.D):
             mine = dweights[d * each : (d + 1) * each]
-            _product_gradients(da[:, d], layer.x, mine[0], mine[2] if each == 4 else None)
-            _product_gradients((da if ds is None else ds)[:, d], before[d], mine[1], mine[3] if each == 4 else None)
+            db_ih, db_hh = mine[2:4] if each >= 4 else (None, None)
+            _product_gradients(da[:, d], layer.x, mine[0], db_ih)
+            _product_gradients((da if ds is None else ds)[:, d], before[d], mine[1], db_hh)
+            if dhs is not None:
+                _product_gradients(dhs[d], unprojected(layer, gates, cells, d), mine[-1], None)
     return dx, dh.to(x.dtype), dc.to(x.dtype) if cell.has_cell else None, dweights
 
 
@@ -110,9 +119,7 @@ def _gates_again(layer: Layer, before: Tensor) -> Tensor:
     gates = a if cell.kept == cell.gates else a.new_empty(N, D, cell.kept, H)
     s = a.new_empty(N, layer.rows)
     for d in range(D):
-        rows = slice(d * layer.rows, (d + 1) * layer.rows)
-        bias = None if layer.b_hh is None else layer.b_hh[rows]
-        run_product(before[d], layer.w_hh[rows], bias, s)
+        run_product(before[d], *layer.steps_weights(d), s)
         grid = ceil_div(N, BN), ceil_div(H, BU)
         launch(gates_of, grid, a, s, gates, N, H, D, d, CELL=cell.forward, GATES=cell.gates, BN=BN, BU=BU)
     return gates

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from math import gcd
 
 import torch
@@ -13,9 +14,9 @@ from torch import Tensor
 from ..contract import statistics_dtype
 from .config import ceil_div, choose, kind_of
 from .launch import check_tensor, device_of, launch, precision
-from .linear import run_forward
+from .linear import run_dx, run_forward
 from .recurrent_cells import CELLS, Cell
-from .recurrent_plan import plan
+from .recurrent_plan import Plan, plan
 from .recurrent_tiles import APART, step_at
 
 Tensors = list[Tensor]
@@ -38,8 +39,9 @@ def states_before(y, h0, before, starts, T, N, B, H, D, BB: tl.constexpr, BH: tl
 
 @dataclass(frozen=True)
 class Layer:
-    """The arguments that both ways share, checked, dense, and those of both directions in one: w_ih [D G H, I], w_hh [D, G H, H], b_ih and
-    b_hh [D G H] or None. ``starts`` [T + 1]: first tokens of the steps, None where every step has B."""
+    """The arguments that both ways share, checked, dense, and those of both directions in one: w_ih [D G H, I], w_hh [D G H, P], b_ih and
+    b_hh [D G H] or None, w_hr [D P, H] of a projection. ``sizes``: how many tokens each step has; ``starts`` [T + 1]: their first ones,
+    None where every step has B."""
 
     cell: Cell
     x: Tensor
@@ -49,8 +51,13 @@ class Layer:
     w_hh: Tensor
     b_ih: Tensor | None
     b_hh: Tensor | None
+    w_hr: Tensor | None
     starts: Tensor | None
-    T: int
+    sizes: list[int]
+
+    @property
+    def T(self) -> int:
+        return len(self.sizes)
 
     @property
     def N(self) -> int:
@@ -66,16 +73,26 @@ class Layer:
 
     @property
     def H(self) -> int:
+        return self.w_hh.shape[0] // (self.D * self.cell.gates)
+
+    @property
+    def P(self) -> int:
+        """The width of h: H, but for a projection."""
         return self.h0.shape[2]
 
     @property
     def empty(self) -> bool:
-        return self.h0.numel() == 0
+        return self.h0.numel() == 0 or self.H == 0
 
     @property
     def rows(self) -> int:
         """Rows of a direction's weights."""
         return self.cell.gates * self.H
+
+    def steps_weights(self, d: int) -> tuple[Tensor, Tensor | None]:
+        """W_hh and b_hh of direction d."""
+        mine = slice(d * self.rows, (d + 1) * self.rows)
+        return self.w_hh[mine], None if self.b_hh is None else self.b_hh[mine]
 
     def input_products(self, gates: Tensor | None) -> Tensor:
         """a [N, D, G, H], in the memory of ``gates`` where it fits."""
@@ -87,15 +104,15 @@ class Layer:
 
     def states_before(self, y: Tensor) -> Tensor:
         """h' of every token, [D, N, H]."""
-        before, BB, BH = y.new_empty(self.D, self.N, self.H), 16, 128
-        grid = self.T, ceil_div(self.H, BH), self.D
-        launch(states_before, grid, y, self.h0, before, self.starts, self.T, self.N, self.B, self.H, self.D, BB=BB, BH=BH)
+        before, BB, BH = y.new_empty(self.D, self.N, self.P), 16, 128
+        grid = self.T, ceil_div(self.P, BH), self.D
+        launch(states_before, grid, y, self.h0, before, self.starts, self.T, self.N, self.B, self.P, self.D, BB=BB, BH=BH)
         return before
 
     def sweep(self, kernel, args: tuple[Tensor | None, ...], backward: bool, **constants) -> None:
         """Launch ``kernel`` as the plan says; it takes T steps forward and T + 1 backward."""
         mode, steps = precision(self.x.dtype), self.T + backward
-        p = plan(kind_of(self.x.dtype, mode), self.cell.gates, self.D, self.B, self.H, device_of(self.x))
+        p = plan_for(self.x, self.cell.gates, self.D, self.B, self.H)
         grid = ceil_div(self.H, p.units), ceil_div(self.B, p.rows), self.D
         meets = p.name == "persistent"
         counters = self.x.new_zeros(grid[1] * grid[2] * APART.value, dtype=torch.int32) if meets else None
@@ -111,10 +128,29 @@ class Layer:
             )  # fmt: skip
 
 
+def plan_for(x: Tensor, gates: int, D: int, B: int, H: int) -> Plan:
+    """The plan for a layer of x's dtype on the GPU that holds x."""
+    return plan(kind_of(x.dtype, precision(x.dtype)), gates, D, B, H, device_of(x))
+
+
+def plan_in_words(x: Tensor, gates: int, D: int, B: int, H: int, projected: bool) -> str:
+    """How the steps are gone through, and why: what ``explain`` tells of a layer."""
+    if projected:
+        return "steps, as h is projected: two products and the cells are launches of their own"
+    p = plan_for(x, gates, D, B, H)
+    return f"{p.name}, as {p.reason}"
+
+
 def run_product(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
     """y = x Wᵀ + b"""
     (M, K), N = x.shape, weight.shape[0]
     run_forward(choose("forward", kind_of(x.dtype, precision(x.dtype)), M, N, K, device_of(x)), x, weight, bias, y, None)
+
+
+def run_product_back(dy: Tensor, weight: Tensor, dx: Tensor) -> None:
+    """dx = dy W"""
+    (M, N), K = dy.shape, weight.shape[1]
+    run_dx(choose("dx", kind_of(dy.dtype, precision(dy.dtype)), M, K, N, device_of(dy)), dy, None, weight, dx)
 
 
 def check_layer(
@@ -125,52 +161,57 @@ def check_layer(
         raise RuntimeError(f"mode is {mode}, needs 0 (lstm) to {len(CELLS) - 1} (rnn with relu)")
     if x.dim() != 2 or h0.dim() != 3 or h0.shape[0] not in (1, 2):
         raise RuntimeError(f"x and h0 must be (N, I) and (1 or 2, B, H), got {tuple(x.shape)} and {tuple(h0.shape)}")
-    cell, (N, I), (D, B, H) = CELLS[mode], x.shape, h0.shape
+    cell, (N, I), (D, B, P) = CELLS[mode], x.shape, h0.shape
     check_tensor("x", x, x, (N, I))
-    check_tensor("h0", h0, x, (D, B, H))
-    if cell.has_cell:
-        if c0 is None:
-            raise RuntimeError("c0 is None, needs the state of the cells of an lstm")
+    check_tensor("h0", h0, x, (D, B, P))
+    if cell.has_cell and c0 is None:
+        raise RuntimeError("c0 is None, needs the state of the cells of an lstm")
+    each, rest = divmod(len(weights), D)
+    if rest or each not in ((2, 3, 4, 5) if cell.has_cell else (2, 4)):
+        also = ", or 3 or 5 with a projection," if cell.has_cell else ""
+        raise RuntimeError(f"weights has {len(weights)} tensors, needs 2 or 4{also} for each of {D} directions")
+    biases, projected = each >= 4, each % 2 == 1
+    H = c0.shape[-1] if projected and c0 is not None and c0.dim() else P
+    if cell.has_cell and c0 is not None:
         check_tensor("c0", c0, x, (D, B, H))
-    if len(weights) not in (2 * D, 4 * D):
-        raise RuntimeError(f"weights has {len(weights)} tensors, needs 2 or 4 for each of {D} directions")
-    each, rows = len(weights) // D, cell.gates * H
-    shapes: list[tuple[int, ...]] = [(rows, I), (rows, H), (rows,), (rows,)]
+    rows = cell.gates * H
+    shapes: list[tuple[int, ...]] = [(rows, I), (rows, P), *[(rows,)] * (2 * biases), *[(P, H)] * projected]
     for i, w in enumerate(weights):
         check_tensor(f"weights[{i}]", w, x, shapes[i % each])
-    T, starts = _steps(batch_sizes, N, B)
-    w_ih, w_hh, *biases = (torch.cat(weights[i::each]) if D == 2 else weights[i].contiguous() for i in range(each))
-    b_ih, b_hh = biases or (None, None)
+    sizes = _steps(batch_sizes, N, B)
+    starts = None if batch_sizes is None else torch.tensor([0, *accumulate(sizes)]).to(x.device)
+    joined = [torch.cat(weights[i::each]) if D == 2 else weights[i].contiguous() for i in range(each)]
+    b_ih, b_hh = joined[2:4] if biases else (None, None)
+    w_hr = joined[-1] if projected else None
     state = c0.contiguous() if cell.has_cell and c0 is not None else None
-    return Layer(cell, x.contiguous(), h0.contiguous(), state, w_ih, w_hh, b_ih, b_hh, None if starts is None else starts.to(x.device), T)
+    return Layer(cell, x.contiguous(), h0.contiguous(), state, joined[0], joined[1], b_ih, b_hh, w_hr, starts, sizes)
 
 
-def _steps(batch_sizes: Tensor | None, N: int, B: int) -> tuple[int, Tensor | None]:
-    """How many steps N tokens are, and the first token of each and of the one after the last."""
+def _steps(batch_sizes: Tensor | None, N: int, B: int) -> list[int]:
+    """How many of the N tokens each step has."""
     if N == 0:
         raise RuntimeError("x has no rows, needs at least one token")
     if batch_sizes is None:
         if B == 0 or N % B:
             raise RuntimeError(f"x has {N} rows, needs a multiple of the {B} sequences in h0")
-        return N // B, None
+        return [B] * (N // B)
     if batch_sizes.dim() != 1 or batch_sizes.dtype != torch.int64:
         raise RuntimeError(f"batch_sizes must be int64 of 1 dimension, got {batch_sizes.dtype} of {batch_sizes.dim()}")
-    starts, most = [0], B
-    for t, size in enumerate(batch_sizes.tolist()):
+    sizes, most = batch_sizes.tolist(), B
+    for t, size in enumerate(sizes):
         if not 1 <= size <= most or (t == 0 and size != B):
             wanted = "1 to" if t else "the number of sequences in h0,"
             raise RuntimeError(f"batch_sizes[{t}] is {size}, needs {wanted} {most}")
-        starts.append(starts[-1] + size)
         most = size
-    if starts[-1] != N:
-        raise RuntimeError(f"batch_sizes sum up to {starts[-1]} tokens, and x has {N} rows")
-    return len(starts) - 1, torch.tensor(starts)
+    if sum(sizes) != N:
+        raise RuntimeError(f"batch_sizes sum up to {sum(sizes)} tokens, and x has {N} rows")
+    return sizes
 
 
 def check_kept(layer: Layer, y: Tensor, gates: Tensor | None, cells: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """What the forward returned, dense; None for what this cell has not."""
     wide, size = layer.x.new_empty(0, dtype=statistics_dtype(layer.x)), (layer.N, layer.D)
-    check_tensor("y", y, layer.x, (layer.N, layer.D * layer.H))
+    check_tensor("y", y, layer.x, (layer.N, layer.D * layer.P))
     if layer.cell.kept and gates is not None:
         check_tensor("gates", gates, wide, (*size, layer.cell.kept, layer.H))
     if layer.cell.has_cell:

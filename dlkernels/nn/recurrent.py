@@ -80,7 +80,7 @@ class _Network(torch.nn.RNNBase):
 
 
 class LSTM(_Network):
-    """``torch.nn.LSTM`` on our kernels: ``(T, B, I)`` -> ``(T, B, D H)``, (hn, cn). With ``proj_size`` PyTorch's own network runs.
+    """``torch.nn.LSTM`` on our kernels: ``(T, B, I)`` -> ``(T, B, D H)``, (hn, cn). With ``proj_size`` output and hn are as wide as that.
 
     ``recompute=True`` keeps no gates for the backward, which computes them again from input and output: less memory for more work.
     """

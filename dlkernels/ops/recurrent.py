@@ -4,16 +4,16 @@ Forward, for every token n of x, with h' and c' from the token before it in its 
 
     rnn     h = act(W_ih x + b_ih + W_hh h' + b_hh)
     lstm    i, f, o = σ(...), g = tanh(...) of the four parts of W_ih x + b_ih + W_hh h' + b_hh, in the order i, f, g, o
-            c = f c' + i g      h = o tanh(c)
+            c = f c' + i g      h = o tanh(c), or W_hr (o tanh(c)) where there is a projection
     gru     r, z = σ(...) of two parts of the same sum      n = tanh(W_in x + b_in + r (W_hn h' + b_hn))
             h = (1 - z) n + z h'
 
 Backward    the same steps from the last token to the first: with dh = dy[n] + what comes back from the token after it,
             da, the gradient of the sum, is dh times the derivatives of the above, and W_hhᵀ da goes on to h'.
-            Over all tokens at once: dx = da W_ih   dW_ih = daᵀ x   dW_hh = daᵀ h'   db = Σ da
+            Over all tokens at once: dx = da W_ih   dW_ih = daᵀ x   dW_hh = daᵀ h'   db = Σ da   dW_hr = dhᵀ (o tanh(c))
 
 Shapes      x (N, I), the tokens of all B sequences, those of one time step side by side; h0, c0, hn, cn (D, B, H) with D = 1 or 2
-            directions; y (N, D H)
+            directions; y (N, D H). With a projection h is P wide: h0, hn (D, B, P); y (N, D P)
 Work        2 N D G H (I + H) flops forward and twice that backward, G = 4, 3 or 1 gates. The product with W_ih is one large product;
             that with W_hh goes step by step with B rows each, and reads W_hh every time: for few sequences that decides.
 
@@ -57,7 +57,7 @@ class _Layer(torch.autograd.Function):
         x, h0, c0, batch_sizes, y, gates, cells, *weights = ctx.saved_tensors
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled():  # create_graph=True: differentiate the definition, so that second derivatives exist
-            states = (y.shape, h0.shape) + ((h0.shape,) if ctx.mode.has_cell else ())
+            states = (y.shape, h0.shape) + ((c0.shape,) if ctx.mode.has_cell else ())
             dys = tuple(x.new_zeros(shape) if d is None else d for d, shape in zip((dy, dhn, dcn), states))
             return reference_gradients(definition, (x, h0, c0, batch_sizes, ctx.mode, None, *weights), needs, dys)
         dx, dh0, dc0, dweights = raw.backward(
@@ -80,13 +80,16 @@ def layer(
 # ---- the definition --------------------------------------------------------------------------------------------------------------
 
 
-def step(mode: Mode, a: Tensor, h: Tensor, c: Tensor | None, w_hh: Tensor, b_hh: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def step(
+    mode: Mode, a: Tensor, h: Tensor, c: Tensor | None, w_hh: Tensor, b_hh: Tensor | None, w_hr: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """h and c after one token of every sequence; ``a`` is W_ih x + b_ih."""
     s = F.linear(h, w_hh, b_hh)
     if c is not None:  # an LSTM
         i, f, g, o = (a + s).chunk(4, 1)
         c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-        return torch.sigmoid(o) * torch.tanh(c), c
+        h = torch.sigmoid(o) * torch.tanh(c)
+        return h if w_hr is None else F.linear(h, w_hr), c
     if mode is GRU:
         (ar, az, an), (sr, sz, sn) = a.chunk(3, 1), s.chunk(3, 1)
         z = torch.sigmoid(az + sz)
@@ -111,8 +114,10 @@ def definition(
 
 def _one_direction(
     x: Tensor, h0: Tensor, c0: Tensor | None, sizes: list[int], mode: Mode, backwards: bool, w_ih: Tensor, w_hh: Tensor,
-    b_ih: Tensor | None = None, b_hh: Tensor | None = None,
+    *others: Tensor,
 ) -> Optionals:  # fmt: skip
+    b_ih, b_hh = others[:2] if len(others) > 1 else (None, None)
+    w_hr = others[-1] if len(others) % 2 else None
     steps = list(F.linear(x, w_ih, b_ih).split(sizes))
     ys: list[Tensor] = []
     if backwards:  # sequences join, the longest first
@@ -120,7 +125,7 @@ def _one_direction(
         for a in reversed(steps):
             joining = slice(len(h), len(a))
             c = None if c is None or c0 is None else torch.cat([c, c0[joining]])
-            h, c = step(mode, a, torch.cat([h, h0[joining]]), c, w_hh, b_hh)
+            h, c = step(mode, a, torch.cat([h, h0[joining]]), c, w_hh, b_hh, w_hr)
             ys.insert(0, h)
         return torch.cat(ys), h, c
     h, c = h0, c0
@@ -130,6 +135,6 @@ def _one_direction(
         n = len(a)
         hs.insert(0, h[n:])
         cs.insert(0, c[n:] if c is not None else h)
-        h, c = step(mode, a, h[:n], None if c is None else c[:n], w_hh, b_hh)
+        h, c = step(mode, a, h[:n], None if c is None else c[:n], w_hh, b_hh, w_hr)
         ys.append(h)
     return torch.cat(ys), torch.cat([h, *hs]), None if c is None else torch.cat([c, *cs])

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..contract import autocast_dtype, in_autocast, is_spread, on_shards, require_tensors, unsupported, without_kernel
 from ..registry import Cost, Op, register
 from .recurrent import layer, step
-from .recurrent_raw import GRU, LSTM, MODES, RNN_RELU, RNN_TANH, Mode
+from .recurrent_raw import GRU, LSTM, MODES, RNN_RELU, RNN_TANH, Mode, plan_in_words
 
 __all__ = ["gru_cell", "lstm_cell", "rnn_relu_cell", "rnn_tanh_cell"]
 
@@ -148,6 +148,7 @@ def _register(mode: Mode, bench: Sequence[dict[str, int]]) -> None:
             name=f"{mode.name}_cell", module="recurrent", call=arranged(results(cell)), reference=arranged(results(definition)),
             native=arranged(results(_native)), make=make, samples=SAMPLES, bench=bench, quick=bench[:1], tiny=[{"B": 1, "I": 16, "H": 16}],
             cost=cost, raw=("recurrent_forward", "recurrent_backward"), supports=arranged(_unsupported),
+            plan=lambda x, h, *_: plan_in_words(mode, x, 1, *h.shape),
         )
     )  # fmt: skip
 

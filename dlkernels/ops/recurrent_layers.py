@@ -3,7 +3,8 @@
     lstm, gru, rnn_tanh, rnn_relu       what dlkernels.nn.LSTM, GRU and RNN call; arguments in the order of torch.lstm and its like
 
 The weights of a layer are, for each direction, w_ih (G H, I), w_hh (G H, H) and, with biases, b_ih and b_hh (G H); I of a later layer is
-the D H of the one before it. G is 4, 3 or 1.
+the D H of the one before it. G is 4, 3 or 1. An LSTM that projects h (arXiv:1402.1128) has one more, w_hr (P, H). Then h is P wide wherever
+it appears, here and below: w_hh (G H, P), h0, hn (L D, B, P), output (T, B, D P).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ..contract import autocast_dtype, in_autocast, is_spread, on_shards, requir
 from ..registry import Cost, Op, register
 from .dropout import dropout as between_layers
 from .recurrent import layer
-from .recurrent_raw import GRU, LSTM, MODES, RNN_RELU, RNN_TANH, Mode
+from .recurrent_raw import GRU, LSTM, MODES, RNN_RELU, RNN_TANH, Mode, plan_in_words
 
 __all__ = ["gru", "lstm", "rnn_relu", "rnn_tanh"]
 
@@ -63,8 +64,6 @@ def _unsupported(mode: Mode, x: Tensor, states: States, params: Sequence[Tensor]
     reason = unsupported(*named) or _misfit(mode, x, states, params, *kind)
     if reason is not None:
         return reason
-    if params[0].shape[0] != mode.gates * params[1].shape[1]:
-        return f"w_hh has shape {tuple(params[1].shape)}; kernels take no projection of h"
     if not x.numel() or not states[0].numel():
         return "there are no tokens, or no sequences"
     dtypes = {t.dtype for _, t in named}
@@ -91,7 +90,8 @@ def network(
         if misfit := _misfit(mode, x, states, params, *kind):
             raise RuntimeError(f"{mode.name}: {misfit}")
         return without_kernel(reason, _native, mode, x, states, params, *options, name=mode.name)
-    directions, each = 1 + bidirectional, 4 if has_biases else 2
+    directions = 1 + bidirectional
+    each = len(params) // (num_layers * directions)
     if batch_sizes is None:
         steps, batch = x.shape[1::-1] if batch_first else x.shape[:2]
         x = (x.transpose(0, 1) if batch_first else x).reshape(steps * batch, x.shape[2])
@@ -185,31 +185,42 @@ def _register(mode: Mode, samples: Sequence[dict[str, Any]], bench: Sequence[dic
         states, params, biases = _network_of(mode, layers, bidirectional, states_and_params)
         return _unsupported(mode, x, states, params, biases, layers, bidirectional, False, None)
 
+    def plan(x: Tensor, layers: int, bidirectional: bool, *states_and_params: Tensor) -> str:
+        states, params, _ = _network_of(mode, layers, bidirectional, states_and_params)
+        hidden, width = params[0].shape[0] // mode.gates, states[0].shape[2]
+        return plan_in_words(mode, x, 1 + bidirectional, states[0].shape[1], hidden, width != hidden)
+
     def make(
-        factory: Callable[..., Tensor], B: int, T: int, I: int, H: int, layers: int = 1, bidirectional: bool = False, bias: bool = True
-    ) -> tuple[Any, ...]:
-        directions = 1 + bidirectional
+        factory: Callable[..., Tensor], B: int, T: int, I: int, H: int, layers: int = 1, bidirectional: bool = False, bias: bool = True,
+        P: int = 0,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        directions, h = 1 + bidirectional, P or H
+
+        def matrix(rows: int, columns: int) -> Tensor:
+            return factory(rows, columns) / max(columns, 1) ** 0.5
+
         params: list[Tensor] = []
         for i in range(layers):
-            width = directions * H if i else I
             for _ in range(directions):
-                params += [factory(mode.gates * H, width) / max(width, 1) ** 0.5, factory(mode.gates * H, H) / max(H, 1) ** 0.5]
+                params += [matrix(mode.gates * H, directions * h if i else I), matrix(mode.gates * H, h)]
                 params += [factory(mode.gates * H) for _ in range(2 * bias)]
-        states = [factory(layers * directions, B, H) for _ in range(1 + mode.has_cell)]
+                params += [matrix(P, H)] * bool(P)
+        states = [factory(layers * directions, B, width) for width in (h, H)[: 1 + mode.has_cell]]
         return factory(T, B, I), layers, bidirectional, *states, *params
 
-    def cost(B: int, T: int, I: int, H: int, layers: int = 1, bidirectional: bool = False, bias: bool = True) -> Cost:
-        D = 1 + bidirectional
-        widths = [I, *[D * H] * (layers - 1)]
-        flops = sum(2 * B * T * D * mode.gates * H * (width + H) for width in widths)
-        moved = sum(B * T * (width + D * H) + D * mode.gates * H * (width + H) for width in widths)
+    def cost(B: int, T: int, I: int, H: int, layers: int = 1, bidirectional: bool = False, bias: bool = True, P: int = 0) -> Cost:
+        D, h = 1 + bidirectional, P or H
+        widths = [I, *[D * h] * (layers - 1)]
+        weights = [D * H * (mode.gates * (width + h) + P) for width in widths]
+        flops = sum(2 * B * T * count for count in weights)
+        moved = sum(B * T * (width + D * h) for width in widths) + sum(weights)
         return Cost(flops, 2 * flops, moved, 2 * moved)
 
     register(
         Op(
             name=mode.name, module="recurrent", call=call, reference=native, native=native, make=make, samples=samples, bench=bench,
             quick=quick, tiny=[{"B": 1, "T": 5, "I": 8, "H": 8}], cost=cost, raw=("recurrent_forward", "recurrent_backward"),
-            supports=supports,
+            supports=supports, plan=plan,
         )
     )  # fmt: skip
 
@@ -220,6 +231,10 @@ SAMPLES: list[dict[str, Any]] = [
     {"B": 3, "T": 4, "I": 5, "H": 33, "bias": False},
     {"B": 17, "T": 3, "I": 16, "H": 19, "bidirectional": True},
     {"B": 5, "T": 6, "I": 33, "H": 40},
+]
+PROJECTED: list[dict[str, Any]] = [
+    {"B": 1, "T": 1, "I": 3, "H": 7, "P": 2, "bias": False},
+    {"B": 3, "T": 4, "I": 5, "H": 35, "layers": 2, "bidirectional": True, "P": 33},
 ]
 FEW_UNITS: list[dict[str, Any]] = [  # of relu: in half types a sum that rounds to the other side of 0 changes whole gradients, native's too
     {"B": 3, "T": 2, "I": 5, "H": 7, "bias": False},
@@ -232,4 +247,5 @@ QUICK = [BENCH[0], BENCH[3]]
 
 for _mode in MODES:
     _plain = _mode is RNN_RELU  # the same work as with tanh
-    _register(_mode, FEW_UNITS if _plain else SAMPLES, BENCH[:1] if _plain else BENCH, QUICK[:1] if _mode is not LSTM else QUICK)
+    _samples = SAMPLES + PROJECTED if _mode is LSTM else FEW_UNITS if _plain else SAMPLES
+    _register(_mode, _samples, BENCH[:1] if _plain else BENCH, QUICK[:1] if _mode is not LSTM else QUICK)
