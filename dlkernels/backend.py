@@ -130,8 +130,14 @@ def apply_function(function: Any, *args: Any) -> Any:
     ``Function.apply`` inspects the signature of ``forward`` at every call to fill in defaults; we pass every argument.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return function.apply(*args)
+        return function.apply(*(_again(args, i) for i in range(len(args))))
     return super(torch.autograd.Function, function).apply(*args)
+
+
+def _again(args: tuple[Any, ...], i: int) -> Any:
+    """``args[i]``, as a view of itself where it has come before: torch.compile takes no tensor twice."""
+    repeated = isinstance(args[i], torch.Tensor) and any(args[i] is before for before in args[:i])
+    return args[i].view_as(args[i]) if repeated else args[i]
 
 
 def is_tracing(t: Any) -> bool:

@@ -22,6 +22,7 @@ from dlkernels.bench.check import allowed_error, relative_error, scale_of
 from dlkernels.ops.scaled_dot_product_attention import attend
 from dlkernels.ops.scaled_dot_product_attention_raw import Extras, Score
 from dlkernels.ops.scaled_dot_product_attention_reference import definition
+from dlkernels.ops.score_functions import code_of
 
 OP = OPS["scaled_dot_product_attention"]
 native = torch.nn.functional.scaled_dot_product_attention
@@ -213,13 +214,14 @@ def test_a_bad_query_spoils_its_own_row(dtype: torch.dtype) -> None:
     assert y.isnan().sum() == 8
 
 
+SOFTCAP = code_of("softcap")
 OPTIONS = {
     "window": Score(0.3, left=7, right=2),
     "left": Score(0.3, left=40),
     "lower right": Score(0.3, left=5, right=0, lower_right=True),
-    "soft cap": Score(1.3, softcap=1.5),
+    "soft cap": Score(1.3, SOFTCAP, 1.5),
     "slopes": Score(0.3),
-    "all": Score(-0.9, softcap=2.0, left=50, right=20, lower_right=True),
+    "all": Score(-0.9, SOFTCAP, 2.0, left=50, right=20, lower_right=True),
 }
 
 

@@ -187,13 +187,13 @@ def test_refused(case: str) -> None:
 
 def test_raw_ops_check_what_the_contract_does_not() -> None:
     raw = torch.ops.dlkernels.scaled_dot_product_attention_forward
-    options = (0.0, 1.0, 0.0, -1, -1, False)
+    options = (0.0, 1.0, 0, 0.0, -1, -1, False)
     none = (None,) * 5
     starts = torch.tensor([0, 2, 3]), torch.tensor([0, 1, 5])
     assert raw(Q, K, V, None, None, *starts, None, *options)[0].isfinite().all()
     wrong: list[tuple[Any, str]] = [
-        ((Q, K, V, None, None, starts[0], None, None), "key_starts"),
-        ((Q, K, V, None, None, starts[0], torch.tensor([0, 5]), None), "key_starts"),
+        ((Q, K, V, None, None, starts[0], None, None), "cu_seqlens_k"),
+        ((Q, K, V, None, None, starts[0], torch.tensor([0, 5]), None), "cu_seqlens_k"),
         ((Q, K, V, BOOL[None, None], None, *starts, None), "mask"),
         ((Q, K, V, None, torch.ones(3), None, None, None), "slopes"),
         ((Q, K, V, None, torch.ones(1, 3), None, None, None), "slopes"),
@@ -202,8 +202,8 @@ def test_raw_ops_check_what_the_contract_does_not() -> None:
     ]
     if not SMALL:  # a GPU's launcher doesn't look at numbers that lie there
         wrong += [
-            ((Q, K, V, None, None, torch.tensor([0, 2, 4]), starts[1], None), "query_starts"),
-            ((Q, K, V, None, None, starts[0], torch.tensor([0, 6, 5]), None), "key_starts"),
+            ((Q, K, V, None, None, torch.tensor([0, 2, 4]), starts[1], None), "cu_seqlens_q"),
+            ((Q, K, V, None, None, starts[0], torch.tensor([0, 6, 5]), None), "cu_seqlens_k"),
         ]
     for args, word in wrong:
         with pytest.raises(RuntimeError, match=word):

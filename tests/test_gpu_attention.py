@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from dlkernels.ops.scaled_dot_product_attention_raw import Extras, Score
 from dlkernels.ops.scaled_dot_product_attention_reference import definition
+from dlkernels.ops.score_functions import code_of
 
 pytestmark = quiet
 EPS = {torch.float32: 2e-6, torch.float64: 1e-14, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -79,6 +81,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, extras: Extras = NOTHING, p: float = 
         assert error <= 4 * EPS[q.dtype], f"{name}: {error}"
 
 
+SOFTCAP = code_of("softcap")
 SCORES = {
     "everything": Score(0.3),
     "negative scale": Score(-0.3),
@@ -86,7 +89,7 @@ SCORES = {
     "causal, lower right": Score(0.3, right=0, lower_right=True),
     "window": Score(0.3, left=20, right=5),
     "narrow window, lower right": Score(0.3, left=3, right=0, lower_right=True),
-    "soft cap": Score(1.3, softcap=1.5),
+    "soft cap": Score(1.3, SOFTCAP, 1.5),
 }
 
 
@@ -119,8 +122,8 @@ def test_dropout_has_the_numbers_of_the_other_twin(rows: int, monkeypatch: pytes
     q, k, v = qkv(70, 21, 5, 8, H=2, G=1)
     check(q, k, v, Extras(seed=seed), 0.4)
     check(q, k, v, Extras(randn(1, 1, 70, 21, seed=9), seed=seed), 0.4)
-    starts, key_starts = (torch.tensor(some, device=DEVICE) for some in ([0, 33, 70], [0, 20, 21]))
-    check(q, k, v, Extras(None, None, starts, key_starts, seed), 0.4)
+    starts, cu_seqlens_k = (torch.tensor(some, device=DEVICE) for some in ([0, 33, 70], [0, 20, 21]))
+    check(q, k, v, Extras(None, None, starts, cu_seqlens_k, seed), 0.4)
 
 
 @here
@@ -162,7 +165,7 @@ def test_heads_that_read_the_same_keys_are_rows_of_one_tile(transposed: bool) ->
 
     q, k, v = qkv(1, 40, 8, 5, B=2, H=6)
     q = q.transpose(1, 2).contiguous().transpose(1, 2) if transposed else q
-    options = Score(0.3, right=0, lower_right=True)
+    options: Any = Score(0.3, right=0, lower_right=True)
     wanted = launchers.Call(q, k, v, *Extras(), 0.0, *options)
     assert wanted.heads_are_rows(*Extras(), 0.0, *options)
     y, lse = launchers.forward(q, k, v, *Extras(), 0.0, *options)

@@ -17,6 +17,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from dlkernels.gpu import aot
 from dlkernels.gpu import scaled_dot_product_attention as kernels
 from dlkernels.gpu.launch import Launch
+from dlkernels.ops.score_functions import code_of
 
 FORWARD, DQUERY, DKEY = "scaled_dot_product_attention_forward", "backward_dquery", "backward_dkey"
 
@@ -28,7 +29,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 def recorded(target: str, D: int, mask: Tensor | None = None, right: int = -1, length: int = 2048, **options: Any) -> dict[str, Launch]:
     """The launches of a forward and a backward, by name."""
     q, lse = meta(2, 16, length, D), meta(2, 16, length, dtype=torch.float32)
-    rest = mask, options.get("slopes"), None, None, options.get("seed"), 0.1, 0.125, options.get("softcap", 0.0), -1, right, False
+    rest = mask, options.get("slopes"), None, None, options.get("seed"), 0.1, 0.125, *options.get("function", (0, 0.0)), -1, right, False
     launches = aot.record(lambda: kernels.forward(q, q, q, *rest), target)
     launches += aot.record(lambda: kernels.backward(q, q, q, q, q, lse, *rest, True, True, True, options.get("dmask", False)), target)
     return {launch.kernel.__name__: launch for launch in launches}
@@ -64,7 +65,7 @@ def test_large_heads_compile() -> None:
 def test_everything_at_once_compiles() -> None:
     """An additive mask with its gradient, slopes, soft cap and dropout, on short sequences."""
     mask, slopes, seed = meta(2, 1, 32, 32), meta(1, 16, dtype=torch.float32), meta(1, dtype=torch.int64)
-    launches = recorded("sm_90", 32, mask, length=32, slopes=slopes, softcap=20.0, seed=seed, dmask=True)
+    launches = recorded("sm_90", 32, mask, length=32, slopes=slopes, function=(code_of("softcap"), 20.0), seed=seed, dmask=True)
     for name in (FORWARD, DQUERY, DKEY, "backward_dmask"):
         compiled(launches[name])
 

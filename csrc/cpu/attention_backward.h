@@ -98,10 +98,13 @@ template <class T> struct BackwardHead {
                 multiply<Micro>(n, rows, a.D, from_line(keys.lines, s), queries, t.z, LD, false);
                 if (need_dz) multiply<Micro>(n, rows, a.E, from_line(values.lines, s), dys, t.dp, LD, false);
                 bool plain = scores.plain(l, rows, s, n);
-                if (!plain) scores.apply(t.z, t.bend, l, rows, s, n);
+                if (!plain) scores.apply(t.z, bent() ? t.bend : nullptr, l, rows, s, n);
                 const C* factors = a.o.dropout ? scores.dropped(l, s, n) : nullptr;
                 for (int64_t j = 0; j < rows; j += NR) differentiate(t, j, factors, n, C(plain ? a.o.scale * LOG2E : LOG2E), lse, delta);
-                if (mask) mask->add(t.dp, LD, rows, s, n);
+                if constexpr (PAIR > 1)
+                    for (int64_t i = 0; i < n && rows % 2; i++)  // the other half of the last pair is no query, and 0 NaN no number
+                        for (Lane* p : {t.weights, t.lines}) reinterpret_cast<bf16*>(p)[i * HALF_LD + rows] = bf16{};
+                if (mask) add_to(*mask, scores, t.dp, l, rows, s, n);
                 auto lines = [&](Lane* p) { return from_line(Lines<Lane>{p, (PAIR == 1 ? LD : HALF_LD) / PAIR}, 0); };
                 if (d.dvalue.p)
                     multiply<Micro>(n, a.E, rows, lines(t.weights), dy_rows.panels, dvalue + (s - first) * value_width, value_width, true);
@@ -118,6 +121,7 @@ template <class T> struct BackwardHead {
     }
 
   private:
+    bool bent() const { return a.o.function.code != PLAIN && !d.dmask; }
     Tiles tiles() const {
         C *z = scratch<C, SCORES>(KEYS * LD), *dp = scratch<C, DP>(KEYS * LD), *bend = scratch<C, BEND>(KEYS * LD);
         if constexpr (PAIR == 1) return {z, dp, bend, z, dp, dp};
@@ -143,7 +147,7 @@ template <class T> struct BackwardHead {
 
     // NR queries from j on: scores to weights, and dp to dz.
     void differentiate(const Tiles& t, int64_t j, const C* factors, int64_t n, C scale, const C* lse, const C* delta) const {
-        const bool bent = a.o.softcap != 0 && !d.dmask;
+        const bool bent = this->bent();
         const C to_product = d.dmask ? C(1) : C(a.o.scale);
         for (int64_t c = j; c < j + NR; c += VL<C>) {
             const vec<C> under = load(lse + c), mean = load(delta + c);
@@ -152,9 +156,9 @@ template <class T> struct BackwardHead {
                 int64_t at = i * LD + c;
                 vec<C> w = exp2_or_zero<C>(load(t.z + at) * scale - under), dp = load(t.dp + at), kept = w;
                 if (factors) kept = w * load(factors + at), dp *= load(factors + at);
-                vec<C> dz = w == 0 ? vec<C>{} : w * (dp - mean);
+                vec<C> dz = w * (dp - mean);
                 if (bent) dz *= load(t.bend + at);
-                dz *= to_product;
+                dz = w == 0 ? vec<C>{} : dz * to_product;
                 if constexpr (PAIR == 1) store(t.weights + at, kept), store(t.lines + at, dz);
                 else {
                     store_raw(reinterpret_cast<bf16*>(t.weights) + i * HALF_LD + c, narrow(kept, bf16{}, true));
@@ -166,6 +170,15 @@ template <class T> struct BackwardHead {
                 }
             }
         }
+    }
+
+    // Where lse is NaN, or the key of a lane that is no query, dz is NaN outside the window and behind the last query too.
+    void add_to(const MaskSums<C>& mask, const Scores<T>& scores, C* dz, int64_t l, int64_t rows, int64_t s, int64_t n) const {
+        bool inside = scores.inside(l, rows, s, n);
+        for (int64_t i = 0; i < n; i++)
+            for (int64_t j = inside ? rows : 0; j < round_up(rows, VL<C>); j++)
+                if (j >= rows || !scores.visible(l + j, s + i)) dz[i * LD + j] = 0;
+        mask.add(dz, LD, rows, s, n);
     }
 
     void add_dquery(const Scores<T>& scores, const Tiles& t, bool begins, int64_t l, int64_t rows, int64_t s, int64_t n) const {

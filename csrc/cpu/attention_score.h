@@ -1,8 +1,9 @@
-// From products to scores: scale, soft cap, mask, slopes, window; and which keys a query sees at all.
+// From products to scores: scale, score function, mask, slopes, window; and which keys a query sees at all.
 //
 // Whatever changes a score is applied to a tile of them. Most tiles need nothing but the scale: no mask, and all in the window.
 #pragma once
 #include "attention.h"
+#include "score_functions.h"
 
 struct Sequence {  // queries l .. l + L and keys s .. s + S of batch b belong together
     int64_t b, l, L, s, S;
@@ -22,7 +23,8 @@ template <class C> constexpr C INF = std::numeric_limits<C>::infinity();
 constexpr double LOG2E = 1.44269504088896340736, LN2 = 0.693147180559945309417;
 
 struct Options {  // of a call
-    double p, scale, softcap;
+    double p, scale;
+    ScoreFunction function;
     int64_t left, right;  // of the window; below 0 there is no limit
     bool lower_right;
     int64_t H, S;  // heads, and keys of the whole tensor: a row of random numbers is (b H + h) S + s
@@ -48,9 +50,12 @@ template <class T> struct Scores {
         int64_t last = o.right < 0 ? q.S : std::clamp<int64_t>(l + rows + offset() + o.right, 0, q.S);
         return {first / 2 * 2, std::max(first / 2 * 2, last)};
     }
+    // Whether the window leaves all scores of a tile.
+    bool inside(int64_t l, int64_t rows, int64_t s, int64_t n) const {
+        return (o.right < 0 || s + n - 1 <= l + offset() + o.right) && (o.left < 0 || s >= l + rows - 1 + offset() - o.left);
+    }
     bool plain(int64_t l, int64_t rows, int64_t s, int64_t n) const {
-        bool inside = (o.right < 0 || s + n - 1 <= l + offset() + o.right) && (o.left < 0 || s >= l + rows - 1 + offset() - o.left);
-        return inside && o.mask.kind == MaskKind::NONE && !o.slopes && o.softcap == 0;
+        return inside(l, rows, s, n) && o.mask.kind == MaskKind::NONE && !o.slopes && o.function.code == PLAIN;
     }
     bool visible(int64_t l, int64_t s) const {
         int64_t behind = l + offset() - s;
@@ -59,34 +64,34 @@ template <class T> struct Scores {
         return seen;
     }
 
-    // z, `n` rows of keys from s on, becomes scores; `bend` takes the derivative of the soft cap where it is wanted.
+    // z, `n` rows of keys from s on, becomes scores; `bend` takes the derivative of the score function where it is wanted.
     void apply(C* z, C* bend, int64_t l, int64_t rows, int64_t s, int64_t n) const {
         C* bias = scratch<C, BIAS>(KEYS * LD);
         bool masked = o.mask.kind != MaskKind::NONE;
         if (masked) with_mask([&](auto m) { fill(m, bias, l, rows, s, n); });
-        const vec<C> scale = set(C(o.scale)), cap = set(C(o.softcap)), inverse = set(C(1 / o.softcap));
+        const vec<C> scale = set(C(o.scale));
         C slope = o.slopes ? static_cast<const C*>(o.slopes)[q.b * o.slopes_batch + h] : 0;
         vec<C> lane;
         for (int i = 0; i < VL<C>; i++) lane[i] = C(i);
-        for (int64_t i = 0; i < n; i++, z += LD, bias += LD) {
-            C at = C(s + i - offset() - l);  // the query, counted from l, that lies at key s + i
-            vec<C> low = set(o.right < 0 ? -INF<C> : at - C(o.right)), high = set(o.left < 0 ? INF<C> : at + C(o.left));
-            for (int64_t j = 0; j < QUERIES; j += VL<C>) {
-                vec<C> x = load(z + j) * scale, place = lane + C(j);
-                if (o.softcap != 0) {
-                    vec<C> t = tanh<C>(x * inverse);
-                    x = cap * t;
-                    if (bend) store(bend + i * LD + j, 1 - t * t);
+        o.function.with<C>([&](auto function) INLINE {
+            for (int64_t i = 0; i < n; i++, z += LD, bias += LD) {
+                C at = C(s + i - offset() - l);  // the query, counted from l, that lies at key s + i
+                vec<C> low = set(o.right < 0 ? -INF<C> : at - C(o.right)), high = set(o.left < 0 ? INF<C> : at + C(o.left));
+                for (int64_t j = 0; j < QUERIES; j += VL<C>) {
+                    vec<C> place = lane + C(j), behind = place - at;
+                    Bent<vec<C>> bent = function(load(z + j) * scale, behind);
+                    if (bend) store(bend + i * LD + j, bent.slope);
+                    vec<C> x = bent.z;
+                    if (masked) {
+                        vec<C> b = load(bias + j);
+                        x = b == -INF<C> ? b : x + b;
+                    }
+                    if (o.slopes) x -= slope * abs(behind);
+                    x = place < low ? set(-INF<C>) : x;
+                    store(z + j, place > high ? set(-INF<C>) : x);
                 }
-                if (masked) {
-                    vec<C> b = load(bias + j);
-                    x = b == -INF<C> ? b : x + b;
-                }
-                if (o.slopes) x -= slope * abs(place - at);
-                x = place < low ? set(-INF<C>) : x;
-                store(z + j, place > high ? set(-INF<C>) : x);
             }
-        }
+        });
     }
 
     // What dropout multiplies the weights of n keys from s on by, for QUERIES queries from l on: a tile.

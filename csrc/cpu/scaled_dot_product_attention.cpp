@@ -11,7 +11,7 @@ using Optional = std::optional<Tensor>;
 struct Call {  // the arguments of either op
     const char* op;
     Tensor query, key, value;
-    Optional mask, slopes, query_starts, key_starts, seed;
+    Optional mask, slopes, cu_seqlens_q, cu_seqlens_k, seed;
     Options o;
     std::vector<Sequence> sequences;
     int64_t B, H, G, L, S, D, E;
@@ -25,6 +25,9 @@ struct Call {  // the arguments of either op
         checked(op, "value", value, query.scalar_type(), {B, G, S, E});
         if (G ? H % G : H) fail(op, ": query has ", H, " heads, needs a multiple of the ", G, " of key");
         if (std::max(D, E) > WIDEST) fail(op, ": heads have ", D, " and ", E, " numbers, needs at most ", WIDEST);
+        if (o.function.code < 0 || o.function.code >= SCORE_FUNCTIONS)
+            fail(op, ": score_function is ", o.function.code, ", needs a number below ", int(SCORE_FUNCTIONS),
+                 "; csrc/cpu/score_functions.h has no other");
         constexpr int64_t FAR = int64_t(1) << 40;
         o.left = std::min(o.left, FAR), o.right = std::min(o.right, FAR), o.H = H, o.S = S;
         if (seed) o.dropout.emplace(checked_seed(op, *seed, o.p), o.p);
@@ -57,23 +60,25 @@ struct Call {  // the arguments of either op
     }
 
     void check_starts() {
-        if (query_starts.has_value() != key_starts.has_value()) fail(op, ": query_starts and key_starts need each other");
-        if (!query_starts) {
+        if (cu_seqlens_q.has_value() != cu_seqlens_k.has_value()) fail(op, ": cu_seqlens_q and cu_seqlens_k need each other");
+        if (!cu_seqlens_q) {
             for (int64_t b = 0; b < B; b++) sequences.push_back({b, 0, L, 0, S});
             return;
         }
         if (B != 1 || mask) fail(op, ": packed sequences have ", B, " batches", mask ? " and a mask" : "", ", needs 1 and none");
-        int64_t count = ranked(op, "query_starts", *query_starts, 1).size(0);
+        int64_t count = ranked(op, "cu_seqlens_q", *cu_seqlens_q, 1).size(0);
         auto starts = [&](const char* name, const Tensor& t, int64_t total) {
             checked(op, name, t, ScalarType::Long, {count});
             Tensor lying = dense(t);
             auto p = static_cast<const int64_t*>(lying.data_ptr());
-            bool good = count > 0 && p[0] == 0 && p[count - 1] == total;
-            for (int64_t i = 1; good && i < count; i++) good = p[i - 1] <= p[i];
-            if (!good) fail(op, ": ", name, " needs numbers from 0 to ", total, " that do not decrease");
+            std::string needs = std::string(name) + " needs numbers from 0 to " + std::to_string(total) + " that do not decrease, got ";
+            if (!count) fail(op, ": ", needs, "none");
+            for (int64_t i = 1; i < count; i++)
+                if (p[i - 1] > p[i]) fail(op, ": ", needs, p[i], " after ", p[i - 1]);
+            if (p[0] != 0 || p[count - 1] != total) fail(op, ": ", needs, "numbers from ", p[0], " to ", p[count - 1]);
             return std::vector<int64_t>(p, p + count);
         };
-        auto l = starts("query_starts", *query_starts, L), s = starts("key_starts", *key_starts, S);
+        auto l = starts("cu_seqlens_q", *cu_seqlens_q, L), s = starts("cu_seqlens_k", *cu_seqlens_k, S);
         for (int64_t i = 0; i + 1 < count; i++) sequences.push_back({0, l[i], l[i + 1] - l[i], s[i], s[i + 1] - s[i]});
     }
 
@@ -83,10 +88,11 @@ struct Call {  // the arguments of either op
     }
 };
 
-std::tuple<Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value, Optional mask, Optional slopes, Optional query_starts,
-                                   Optional key_starts, Optional seed, double p, double scale, double softcap, int64_t left, int64_t right,
-                                   bool lower_right) {
-    Call call{FORWARD, query, key, value, mask, slopes, query_starts, key_starts, seed, {p, scale, softcap, left, right, lower_right}};
+std::tuple<Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value, Optional mask, Optional slopes, Optional cu_seqlens_q,
+                                   Optional cu_seqlens_k, Optional seed, double p, double scale, int64_t score_function,
+                                   double parameter, int64_t left, int64_t right, bool lower_right) {
+    Options o{p, scale, {score_function, parameter}, left, right, lower_right};
+    Call call{FORWARD, query, key, value, mask, slopes, cu_seqlens_q, cu_seqlens_k, seed, o};
     call.check();
     Tensor y = empty_heads(query, call.E), lse = empty(statistics_type(query), {call.B, call.H, call.L});
     with_type(FORWARD, query.scalar_type(), [&](auto type) { attention_forward(call.arguments<decltype(type)>(y, lse)); });
@@ -94,10 +100,11 @@ std::tuple<Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value, Optio
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
-    Tensor dy, Tensor query, Tensor key, Tensor value, Tensor y, Tensor lse, Optional mask, Optional slopes, Optional query_starts,
-    Optional key_starts, Optional seed, double p, double scale, double softcap, int64_t left, int64_t right, bool lower_right,
-    bool need_dquery, bool need_dkey, bool need_dvalue, bool need_dmask) {
-    Call call{BACKWARD, query, key, value, mask, slopes, query_starts, key_starts, seed, {p, scale, softcap, left, right, lower_right}};
+    Tensor dy, Tensor query, Tensor key, Tensor value, Tensor y, Tensor lse, Optional mask, Optional slopes, Optional cu_seqlens_q,
+    Optional cu_seqlens_k, Optional seed, double p, double scale, int64_t score_function, double parameter, int64_t left, int64_t right,
+    bool lower_right, bool need_dquery, bool need_dkey, bool need_dvalue, bool need_dmask) {
+    Options o{p, scale, {score_function, parameter}, left, right, lower_right};
+    Call call{BACKWARD, query, key, value, mask, slopes, cu_seqlens_q, cu_seqlens_k, seed, o};
     call.check();
     checked(BACKWARD, "dy", dy, query.scalar_type(), {call.B, call.H, call.L, call.E});
     checked(BACKWARD, "y", y, query.scalar_type(), {call.B, call.H, call.L, call.E});

@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_tiles import INF, LOG2E, NARROW, any_nan, blocks, careful_dot, factors, place, scores, tile
+from .attention_tiles import INF, LOG2E, NARROW, any_nan, blocks, careful_dot, factors, place, scores, through, tile
 from .philox import as_float64
 
 
@@ -59,14 +59,14 @@ def dquery_steps(
         value = tile(v, s, S, v_strides[2], v_strides[3], E, slopes_y.shape[1], EDGE)
         x = tl.dot(q, tl.trans(key), input_precision=PRECISION, out_dtype=ACC)
         z, seen = scores(
-            x, l[:, None], s[None, :], mask, slope, L, S, mask_strides[2], mask_strides[3], window[0], window[1], window[2], score[0],
-            score[1], SCORE, WINDOW, EDGE,
+            x, l[:, None], s[None, :], mask, slope, L, S, mask_strides[2], mask_strides[3], window, score, SCORE, WINDOW,
+            EDGE,
         )  # fmt: skip
         w = tl.exp2(z - log_sum[:, None])
         dw = tl.dot(slopes_y, tl.trans(value), input_precision=PRECISION, out_dtype=ACC)
         if seed is not None:
             dw *= tl.trans(factors(seed, row + j * BN, column, starts, dropout[0], dropout[1], BN, q.shape[0]))
-        dz = w * (dw - delta[:, None]) * BEND(x, score[0])
+        dz = through(w * (dw - delta[:, None]), x, l[:, None], s[None, :], window, score, BEND)
         if EDGE or mask is not None:
             dz = tl.where(seen, dz, 0.0)
         if CAREFUL:
@@ -78,9 +78,9 @@ def dquery_steps(
 
 @triton.jit
 def backward_dquery(
-    dy, query, key, value, lse, delta, mask, slopes, query_starts, key_starts, seed, dquery, strides, dy_strides, dq_strides, sizes, window,
-    score, dropout, SCORE: tl.constexpr, BEND: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, WINDOW: tl.constexpr,
+    dy, query, key, value, lse, delta, mask, slopes, cu_seqlens_q, cu_seqlens_k, seed, dquery, strides, dy_strides, dq_strides, sizes,
+    window, score, dropout, SCORE: tl.constexpr, BEND: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """dq of BM queries. strides as in the forward."""
     ACC: tl.constexpr = lse.dtype.element_ty
@@ -88,7 +88,7 @@ def backward_dquery(
     H, GROUP, L_ALL, S_ALL, BLOCKS, N, STEP = sizes
     pid = tl.program_id(0)
     b, h = (pid // BLOCKS // H).to(tl.int64), (pid // BLOCKS % H).to(tl.int64)
-    begin, L, key_begin, S, start = place(query_starts, key_starts, BLOCKS - 1 - pid % BLOCKS, N, STEP, L_ALL, S_ALL, BM)
+    begin, L, key_begin, S, start = place(cu_seqlens_q, cu_seqlens_k, BLOCKS - 1 - pid % BLOCKS, N, STEP, L_ALL, S_ALL, BM)
     lower_right, left, right = window
     o = (S - L) * lower_right
     l = start + tl.arange(0, BM)
@@ -106,26 +106,26 @@ def backward_dquery(
     if slopes is not None:
         slope = tl.load(slopes + b * slope_strides[0] + h) * LOG2E
     row, column = (b * H + h) * S_ALL + key_begin, (begin + start).to(tl.int64)
-    numbers = as_float64(score[0]).to(ACC), as_float64(score[1]).to(ACC)
+    numbers = as_float64(score[0]).to(ACC), as_float64(score[1]).to(ACC), as_float64(score[2]).to(ACC)
     dropped = dropout[0], as_float64(dropout[1]).to(ACC)
     around = o, left, right
     a, middle, end, d = blocks(start, o, left, right, S, BM, BN)
 
     acc = dquery_steps(
         tl.zeros((BM, BD), ACC), q, slopes_y, log_sum, d_row, k, v, mask, slope, seed, l, middle, 0, 0, end - middle, L, S, row, column,
-        query_starts, strides, around, numbers, dropped, SCORE, BEND, PRECISION, D, E, BN, WINDOW, False, False,
+        cu_seqlens_q, strides, around, numbers, dropped, SCORE, BEND, PRECISION, D, E, BN, WINDOW, False, False,
     )  # fmt: skip
     acc = dquery_steps(
         acc, q, slopes_y, log_sum, d_row, k, v, mask, slope, seed, l, a, middle - a, end - middle, middle - a + d - end, L, S, row, column,
-        query_starts, strides, around, numbers, dropped, SCORE, BEND, PRECISION, D, E, BN, WINDOW, True, False,
+        cu_seqlens_q, strides, around, numbers, dropped, SCORE, BEND, PRECISION, D, E, BN, WINDOW, True, False,
     )  # fmt: skip
     if any_nan(acc) if WINDOW or mask is not None else False:
         acc = dquery_steps(
             tl.zeros((BM, BD), ACC), q, slopes_y, log_sum, d_row, k, v, mask, slope, seed, l, a * (BN // NARROW), 0, 0,
-            (d - a) * (BN // NARROW), L, S, row, column, query_starts, strides, around, numbers, dropped, SCORE, BEND, PRECISION, D, E,
+            (d - a) * (BN // NARROW), L, S, row, column, cu_seqlens_q, strides, around, numbers, dropped, SCORE, BEND, PRECISION, D, E,
             NARROW, WINDOW, True, True,
         )  # fmt: skip
     e = tl.arange(0, BD)
     at = b * dq_strides[0] + h * dq_strides[1] + (begin + l).to(tl.int64)[:, None] * dq_strides[2] + e.to(tl.int64)[None, :] * dq_strides[3]
-    acc *= as_float64(score[2]).to(ACC)
+    acc *= numbers[0]
     tl.store(dquery + at, acc.to(dquery.dtype.element_ty), (l < L)[:, None] & (e < D)[None, :])

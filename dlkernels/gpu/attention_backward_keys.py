@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .attention_backward import statistics
-from .attention_tiles import LOG2E, blocks, factors, place, scores, tile
+from .attention_tiles import LOG2E, blocks, factors, place, scores, through, tile
 from .philox import as_float64
 
 
@@ -29,8 +29,8 @@ def dkey_steps(
         log_sum, d_row = statistics(lse, delta, l, L)
         x = tl.dot(k, tl.trans(queries), input_precision=PRECISION, out_dtype=ACC)
         z, seen = scores(
-            x, l[None, :], s[:, None], mask, slope, L, S, mask_strides[2], mask_strides[3], window[0], window[1], window[2], score[0],
-            score[1], SCORE, WINDOW, EDGE,
+            x, l[None, :], s[:, None], mask, slope, L, S, mask_strides[2], mask_strides[3], window, score, SCORE, WINDOW,
+            EDGE,
         )  # fmt: skip
         w = tl.exp2(z - log_sum[None, :])
         if EDGE or mask is not None:
@@ -40,7 +40,7 @@ def dkey_steps(
             f = factors(seed, row, column + j * BM, starts, dropout[0], dropout[1], k.shape[0], BM)
         dv = tl.dot((w * f).to(slopes_y.dtype), slopes_y, dv, input_precision=PRECISION, out_dtype=ACC)
         dw = tl.dot(v, tl.trans(slopes_y), input_precision=PRECISION, out_dtype=ACC)
-        dz = w * (dw * f - d_row[None, :]) * BEND(x, score[0])
+        dz = through(w * (dw * f - d_row[None, :]), x, l[None, :], s[:, None], window, score, BEND)
         if EDGE or mask is not None:
             dz = tl.where(seen, dz, 0.0)
         dk = tl.dot(dz.to(queries.dtype), queries, dk, input_precision=PRECISION, out_dtype=ACC)
@@ -49,7 +49,7 @@ def dkey_steps(
 
 @triton.jit
 def backward_dkey(
-    dy, query, key, value, lse, delta, mask, slopes, query_starts, key_starts, seed, dkey, dvalue, strides, dy_strides, dk_strides,
+    dy, query, key, value, lse, delta, mask, slopes, cu_seqlens_q, cu_seqlens_k, seed, dkey, dvalue, strides, dy_strides, dk_strides,
     dv_strides, sizes, window, score, dropout, SCORE: tl.constexpr, BEND: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr,
     E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
@@ -59,13 +59,13 @@ def backward_dkey(
     H, GROUP, L_ALL, S_ALL, BLOCKS, N, STEP = sizes
     pid = tl.program_id(0)
     b, g = (pid // BLOCKS // (H // GROUP)).to(tl.int64), (pid // BLOCKS % (H // GROUP)).to(tl.int64)
-    key_begin, S, begin, L, start = place(key_starts, query_starts, pid % BLOCKS, N, STEP, S_ALL, L_ALL, BN)
+    key_begin, S, begin, L, start = place(cu_seqlens_k, cu_seqlens_q, pid % BLOCKS, N, STEP, S_ALL, L_ALL, BN)
     lower_right, left, right = window
     o = (S - L) * lower_right
     s = start + tl.arange(0, BN)
     k = tile(key + (b * k_strides[0] + g * k_strides[1] + key_begin * k_strides[2]), s, S, k_strides[2], k_strides[3], D, BD, True)
     v = tile(value + (b * v_strides[0] + g * v_strides[1] + key_begin * v_strides[2]), s, S, v_strides[2], v_strides[3], E, BE, True)
-    numbers = as_float64(score[0]).to(ACC), as_float64(score[1]).to(ACC)
+    numbers = as_float64(score[0]).to(ACC), as_float64(score[1]).to(ACC), as_float64(score[2]).to(ACC)
     dropped = dropout[0], as_float64(dropout[1]).to(ACC)
     around = o, left, right
     a, middle, end, d = blocks(start, -o, right, left, L, BN, BM)
@@ -85,18 +85,18 @@ def backward_dkey(
         row, column = (b * H + h) * S_ALL + key_begin + start, (begin + 0 * h).to(tl.int64)
         dk, dv = dkey_steps(
             dk, dv, k, v, q, slopes_y, lse + rows, delta + rows, mask_head, slope, seed, s, middle, 0, 0, end - middle, L, S, row, column,
-            query_starts, strides, dy_strides, around, numbers, dropped, SCORE, BEND, PRECISION, D, E, BM, WINDOW, False,
+            cu_seqlens_q, strides, dy_strides, around, numbers, dropped, SCORE, BEND, PRECISION, D, E, BM, WINDOW, False,
         )  # fmt: skip
         dk, dv = dkey_steps(
             dk, dv, k, v, q, slopes_y, lse + rows, delta + rows, mask_head, slope, seed, s, a, middle - a, end - middle,
-            middle - a + d - end, L, S, row, column, query_starts, strides, dy_strides, around, numbers, dropped, SCORE, BEND, PRECISION, D,
+            middle - a + d - end, L, S, row, column, cu_seqlens_q, strides, dy_strides, around, numbers, dropped, SCORE, BEND, PRECISION, D,
             E, BM, WINDOW, True,
         )  # fmt: skip
     at = (key_begin + s).to(tl.int64)[:, None]
     if dkey is not None:
         e = tl.arange(0, BD)
         to = b * dk_strides[0] + g * dk_strides[1] + at * dk_strides[2] + e.to(tl.int64)[None, :] * dk_strides[3]
-        dk *= as_float64(score[2]).to(ACC)
+        dk *= numbers[0]
         tl.store(dkey + to, dk.to(dkey.dtype.element_ty), (s < S)[:, None] & (e < D)[None, :])
     if dvalue is not None:
         e = tl.arange(0, BE)
@@ -120,7 +120,7 @@ def backward_dmask(
     pid = tl.program_id(0)
     own_s, own_l = pid % grid_keys, pid // grid_keys % grid_queries
     own_h, own_b = pid // grid_keys // grid_queries % grid_heads, pid // grid_keys // grid_queries // grid_heads
-    numbers = as_float64(score[0]).to(ACC), as_float64(score[1]).to(ACC)
+    numbers = as_float64(score[0]).to(ACC), as_float64(score[1]).to(ACC), as_float64(score[2]).to(ACC)
     lower_right, left, right = window
     acc = tl.zeros((BM, BN), ACC)
     for i in range(steps):
@@ -141,7 +141,7 @@ def backward_dmask(
         x = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
         z, seen = scores(
             x, l[:, None], s[None, :], mask + (b * mask_strides[0] + h * mask_strides[1]), slope, L, S, mask_strides[2], mask_strides[3],
-            (S - L) * lower_right, left, right, numbers[0], numbers[1], SCORE, WINDOW, True,
+            ((S - L) * lower_right, left, right), numbers, SCORE, WINDOW, True,
         )  # fmt: skip
         dw = tl.dot(slopes_y, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
         if seed is not None:

@@ -38,8 +38,8 @@ def forward_steps(
         key = tile(k, s, S, k_strides[2], k_strides[3], D, q.shape[1], EDGE)
         x = tl.dot(q, tl.trans(key), input_precision=PRECISION, out_dtype=ACC)
         z, seen = scores(
-            x, l[:, None], s[None, :], mask, slope, L, S, mask_strides[2], mask_strides[3], window[0], window[1], window[2], score[0],
-            score[1], SCORE, WINDOW, EDGE,
+            x, l[:, None], s[None, :], mask, slope, L, S, mask_strides[2], mask_strides[3], window, score, SCORE, WINDOW,
+            EDGE,
         )  # fmt: skip
         highest = tl.maximum(top, tl.max(z, 1))
         reference = tl.where(highest == -INF, 0.0, highest)  # -inf - -inf would be NaN
@@ -60,7 +60,7 @@ def forward_steps(
 
 @triton.jit
 def scaled_dot_product_attention_forward(
-    query, key, value, y, lse, mask, slopes, query_starts, key_starts, seed, strides, y_strides, sizes, window, score, dropout,
+    query, key, value, y, lse, mask, slopes, cu_seqlens_q, cu_seqlens_k, seed, strides, y_strides, sizes, window, score, dropout,
     SCORE: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
     BE: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
@@ -70,7 +70,7 @@ def scaled_dot_product_attention_forward(
     H, GROUP, L_ALL, S_ALL, BLOCKS, N, STEP, SHARE, LSE_SHARE = sizes
     pid, share = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, h = (pid // BLOCKS // H).to(tl.int64), (pid // BLOCKS % H).to(tl.int64)
-    begin, L, key_begin, S, start = place(query_starts, key_starts, BLOCKS - 1 - pid % BLOCKS, N, STEP, L_ALL, S_ALL, BM)
+    begin, L, key_begin, S, start = place(cu_seqlens_q, cu_seqlens_k, BLOCKS - 1 - pid % BLOCKS, N, STEP, L_ALL, S_ALL, BM)
     lower_right, left, right = window
     o = (S - L) * lower_right
     l = start + tl.arange(0, BM)
@@ -86,7 +86,7 @@ def scaled_dot_product_attention_forward(
     if slopes is not None:
         slope = tl.load(slopes + b * slope_strides[0] + h) * LOG2E
     row, column = (b * H + h) * S_ALL + key_begin, (begin + start).to(tl.int64)
-    numbers = as_float64(score[0]).to(ACC), as_float64(score[1]).to(ACC)
+    numbers = as_float64(score[0]).to(ACC), as_float64(score[1]).to(ACC), as_float64(score[2]).to(ACC)
     dropped = dropout[0], as_float64(dropout[1]).to(ACC)
     around = o, left, right
     a, middle, end, d = blocks(start, o, left, right, S, BM, BN)
@@ -97,18 +97,18 @@ def scaled_dot_product_attention_forward(
 
     acc, total, top = tl.zeros((BM, BE), ACC), tl.zeros((BM,), ACC), tl.zeros((BM,), ACC) - INF
     acc, total, top = forward_steps(
-        acc, total, top, q, k, v, mask, slope, seed, l, middle, 0, 0, end - middle, L, S, row, column, query_starts, strides, around,
+        acc, total, top, q, k, v, mask, slope, seed, l, middle, 0, 0, end - middle, L, S, row, column, cu_seqlens_q, strides, around,
         numbers, dropped, SCORE, PRECISION, D, E, BN, WINDOW, False, False,
     )  # fmt: skip
     acc, total, top = forward_steps(
-        acc, total, top, q, k, v, mask, slope, seed, l, a, middle - a, end - middle, middle - a + d - end, L, S, row, column, query_starts,
+        acc, total, top, q, k, v, mask, slope, seed, l, a, middle - a, end - middle, middle - a + d - end, L, S, row, column, cu_seqlens_q,
         strides, around, numbers, dropped, SCORE, PRECISION, D, E, BN, WINDOW, True, False,
     )  # fmt: skip
     if any_nan(acc) if WINDOW or mask is not None else False:
         acc, total, top = tl.zeros((BM, BE), ACC), tl.zeros((BM,), ACC), tl.zeros((BM,), ACC) - INF
         acc, total, top = forward_steps(
             acc, total, top, q, k, v, mask, slope, seed, l, a * (BN // NARROW), 0, 0, (d - a) * (BN // NARROW), L, S, row, column,
-            query_starts, strides, around, numbers, dropped, SCORE, PRECISION, D, E, NARROW, WINDOW, True, True,
+            cu_seqlens_q, strides, around, numbers, dropped, SCORE, PRECISION, D, E, NARROW, WINDOW, True, True,
         )  # fmt: skip
 
     none = total == 0

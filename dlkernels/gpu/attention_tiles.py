@@ -19,37 +19,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .activations import tanh
 from .philox import factor, words
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
 NARROW = tl.constexpr(16)
-
-
-@triton.jit
-def linear(x, a, b):
-    """a x, with a = scale log2 e"""
-    return x * a
-
-
-@triton.jit
-def linear_bend(x, a):
-    return 1.0
-
-
-@triton.jit
-def capped(x, a, b):
-    """b tanh(a x), with a = scale / cap and b = cap log2 e"""
-    return b * tanh(x * a, 0.0)
-
-
-@triton.jit
-def capped_bend(x, a):
-    """The derivative of cap tanh(z / cap) by z"""
-    t = tanh(x * a, 0.0)
-    return 1.0 - t * t
 
 
 @triton.jit
@@ -108,11 +83,16 @@ def tile(x, t, LENGTH, x_t, x_d, WIDTH: tl.constexpr, BD: tl.constexpr, EDGE: tl
 
 @triton.jit
 def scores(
-    x, l, s, mask, slope, L, S, mask_l, mask_s, o, left, right, a, b, SCORE: tl.constexpr, WINDOW: tl.constexpr, EDGE: tl.constexpr
+    x, l, s, mask, slope, L, S, mask_l, mask_s, window, score, SCORE: tl.constexpr, WINDOW: tl.constexpr, EDGE: tl.constexpr
 ):  # fmt: skip
     """(scores of products x, which of them are seen); l and s are positions, shaped so that they broadcast to x, whichever way it lies.
     Rows of a score +inf or NaN are NaN where they are seen, so -inf is not enough to tell."""
-    z = SCORE(x, a, b)
+    o, left, right = window
+    scale, scale_log2, parameter = score
+    if SCORE is None:
+        z = x * scale_log2
+    else:
+        z = SCORE(x * scale, (l + o - s).to(x.dtype), parameter) * LOG2E
     seen = s < S
     if slope is not None:
         z -= slope * tl.abs(l + o - s).to(z.dtype)
@@ -135,6 +115,15 @@ def scores(
     if EDGE or mask is not None:
         z = tl.where(seen, z, -INF)
     return z, seen
+
+
+@triton.jit
+def through(dz, x, l, s, window, score, BEND: tl.constexpr):
+    """dz before the score function, of dz behind it."""
+    if BEND is None:
+        return dz
+    else:
+        return dz * BEND(x * score[0], (l + window[0] - s).to(x.dtype), score[2])
 
 
 @triton.jit

@@ -6,7 +6,7 @@
     attention_backward_keys.py    dk and dv, dmask
     attention_plan.py             tiles
 
-A score function is a pair of jit functions, score and derivative, in `SCORES`: kernels are compiled with theirs.
+    score_functions.py            what a score goes through, and its derivative: kernels are compiled with theirs
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from torch import Tensor
 
 from ..contract import statistics_dtype
 from ..ops.scaled_dot_product_attention_raw import WIDEST, empty_like_heads, mask_dtypes
+from ..ops.score_functions import SCORE_FUNCTIONS as DEFINITIONS
 from . import philox
 from .attention_backward import backward_delta, backward_dquery
 from .attention_backward_keys import backward_dkey, backward_dmask
 from .attention_forward import combine_shares, scaled_dot_product_attention_forward
 from .attention_plan import choose, shares, width
-from .attention_tiles import capped, capped_bend, linear, linear_bend
 from .config import ceil_div, kind_of
 from .launch import check_seed, check_tensor, device_of, launch, precision
+from .score_functions import SCORE_FUNCTIONS, ScoreFunction
 
-SCORES = {"linear": (linear, linear_bend), "capped": (capped, capped_bend)}
 LOG2E = 1.4426950408889634
 ROWS = 32  # of delta and combine_shares
 
@@ -38,24 +38,37 @@ def bits(x: float) -> int:
     return int(struct.unpack("<q", struct.pack("<d", x))[0])
 
 
+def function_of(code: int) -> ScoreFunction:
+    """The score function of this number.
+
+    Raises:
+        RuntimeError: there is none, or none for a GPU.
+    """
+    names = list(DEFINITIONS)
+    name = names[code] if 0 <= code < len(names) else None
+    if name not in SCORE_FUNCTIONS:
+        raise RuntimeError(f"score_function is {code} ({name}), needs the place of one of {', '.join(SCORE_FUNCTIONS)}")
+    return SCORE_FUNCTIONS[name]
+
+
 class Call:
     """What the kernels of one call have in common: checked arguments, in the form in which kernels take them."""
 
     def __init__(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, slopes: Tensor | None, query_starts: Tensor | None,
-        key_starts: Tensor | None, seed: Tensor | None, p: float, scale: float, softcap: float, left: int, right: int, lower_right: bool,
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, slopes: Tensor | None, cu_seqlens_q: Tensor | None,
+        cu_seqlens_k: Tensor | None, seed: Tensor | None, p: float, scale: float, score_function: int,
+        parameter: float, left: int, right: int, lower_right: bool,
     ) -> None:  # fmt: skip
-        _check(query, key, value, mask, slopes, query_starts, key_starts, seed)
+        _check(query, key, value, mask, slopes, cu_seqlens_q, cu_seqlens_k, seed)
         (self.B, self.H, self.L, self.D), (_, self.G, self.S, self.E) = query.shape, value.shape
         self.query, self.key, self.value, self.mask, self.seed = query, key, value, mask, seed
-        self.starts = [None if t is None else t.contiguous() for t in (query_starts, key_starts)]
+        self.starts = [None if t is None else t.contiguous() for t in (cu_seqlens_q, cu_seqlens_k)]
         self.slopes = None if slopes is None else slopes.expand(self.B, self.H).contiguous() if slopes.stride(1) != 1 else slopes
         self.group = self.H // self.G if self.G else 1
         everything = self.L + self.S
         self.window = (int(lower_right), *(everything if n < 0 else min(n, everything) for n in (left, right)))
-        self.functions = SCORES["capped" if softcap else "linear"]
-        a, b = (scale / softcap, softcap * LOG2E) if softcap else (scale * LOG2E, 0.0)
-        self.score = bits(a), bits(b), bits(scale)
+        self.function = function_of(score_function)
+        self.score = bits(scale), bits(scale * LOG2E), bits(parameter)
         self.dropout = philox.thresholds(p if seed is not None else 0.0)
         steps = query.stride(), key.stride(), value.stride()
         mask_strides: tuple[int | None, ...] = (0, 0, 0, 0)
@@ -76,11 +89,17 @@ class Call:
     def config(self, kernel: str, own: int, others: int) -> Any:
         return choose(kernel, self.kind, own, others, max(self.D, self.E), self.device)
 
+    def like(self, x: Tensor, width: int) -> Tensor:
+        """A result that lies as ``x`` does. Tokens that are in no sequence keep their zeros."""
+        result = empty_like_heads(x, width)
+        return result if self.starts[0] is None else result.zero_()
+
     def heads_are_rows(self, *rest: Any) -> bool:
         """Whether heads that read the same keys may be taken for so many queries, whose keys are then read once: one query each, and
         nothing that makes a difference between heads or positions."""
-        *tensors, _p, _scale, _softcap, left, right, lower_right = rest
-        return self.L == 1 < self.group and all(t is None for t in tensors) and left < 0 and (right < 0 or lower_right)
+        *tensors, _p, _scale, _function, _parameter, left, right, lower_right = rest
+        alike = not self.function.of_places and all(t is None for t in tensors) and left < 0 and (right < 0 or lower_right)
+        return self.L == 1 < self.group and alike
 
     def cut(self, own: int, block: int) -> tuple[int, tuple[int, int, int]]:
         """Blocks of one head's ``own`` positions, and (blocks, sequences, the first step of bisection among these)."""
@@ -94,7 +113,7 @@ class Call:
 def forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """Launcher of the forward kernels; arguments, shapes and errors as the op's contract says."""
     call = Call(query, key, value, *rest)
-    y, lse = empty_like_heads(query, call.E), query.new_empty(query.shape[:3], dtype=statistics_dtype(query))
+    y, lse = call.like(query, call.E), query.new_empty(query.shape[:3], dtype=statistics_dtype(query))
     if not lse.numel():
         return y, lse
     if not call.S:
@@ -121,7 +140,7 @@ def run_forward(call: Call, y: Tensor, lse: Tensor) -> None:
     launch(
         scaled_dot_product_attention_forward, (call.B * call.H * count, split), call.query, call.key, call.value, out, out_lse,
         call.mask_bits, call.slopes, *call.starts, call.seed, call.strides, y_strides,
-        (call.H, call.group, call.L, call.S, *sizes, share, lse.numel()), call.window, call.score, call.dropout, SCORE=call.functions[0],
+        (call.H, call.group, call.L, call.S, *sizes, share, lse.numel()), call.window, call.score, call.dropout, SCORE=call.function.value,
         BM=c.rows, BN=c.cols, warps=c.warps, stages=c.stages, **call.constants,
     )  # fmt: skip
     if split > 1:
@@ -142,9 +161,9 @@ def backward(
     check_tensor("dy", dy, query, shape)
     check_tensor("y", y, query, shape)
     check_tensor("lse", lse, query.new_empty(0, dtype=statistics_dtype(query)), shape[:3])
-    dquery = empty_like_heads(query, call.D) if need_dquery else None
-    dkey = empty_like_heads(key, call.D) if need_dkey else None
-    dvalue = empty_like_heads(value, call.E) if need_dvalue else None
+    dquery = call.like(query, call.D) if need_dquery else None
+    dkey = call.like(key, call.D) if need_dkey else None
+    dvalue = call.like(value, call.E) if need_dvalue else None
     dmask = mask.new_empty(mask.shape) if need_dmask and mask is not None and mask.dtype != torch.bool else None
     lse, delta = lse.contiguous(), torch.empty_like(lse, memory_format=torch.contiguous_format)
     if not lse.numel() or not call.S:
@@ -171,8 +190,8 @@ def run_dquery(call: Call, dy: Tensor, lse: Tensor, delta: Tensor, dquery: Tenso
     launch(
         backward_dquery, (call.B * call.H * count,), dy, call.query, call.key, call.value, lse, delta, call.mask_bits, call.slopes,
         *call.starts, call.seed, dquery, call.strides, dy.stride(), dquery.stride(), (call.H, call.group, call.L, call.S, *sizes),
-        call.window, call.score, call.dropout, SCORE=call.functions[0], BEND=call.functions[1], BM=c.rows, BN=c.cols, warps=c.warps,
-        stages=c.stages, **call.constants,
+        call.window, call.score, call.dropout, SCORE=call.function.value, BEND=call.function.derivative, BM=c.rows, BN=c.cols,
+        warps=c.warps, stages=c.stages, **call.constants,
     )  # fmt: skip
 
 
@@ -183,8 +202,8 @@ def run_dkey(call: Call, dy: Tensor, lse: Tensor, delta: Tensor, dkey: Tensor | 
     launch(
         backward_dkey, (call.B * call.G * count,), dy, call.query, call.key, call.value, lse, delta, call.mask_bits, call.slopes,
         *call.starts, call.seed, dkey, dvalue, call.strides, dy.stride(), *strides, (call.H, call.group, call.L, call.S, *sizes),
-        call.window, call.score, call.dropout, SCORE=call.functions[0], BEND=call.functions[1], BM=c.cols, BN=c.rows, warps=c.warps,
-        stages=c.stages, **call.constants,
+        call.window, call.score, call.dropout, SCORE=call.function.value, BEND=call.function.derivative, BM=c.cols, BN=c.rows,
+        warps=c.warps, stages=c.stages, **call.constants,
     )  # fmt: skip
 
 
@@ -198,14 +217,14 @@ def run_dmask(call: Call, dy: Tensor, lse: Tensor, delta: Tensor, dmask: Tensor)
     launch(
         backward_dmask, (own[0] * own[1] * own[2] * own[3],), dy, call.query, call.key, call.value, lse, delta, call.mask_bits, call.slopes,
         call.seed, dmask, call.strides, dy.stride(), (call.H, call.group, call.L, call.S), (H, queries, keys, B * H * queries * keys,
-        *own[1:]), shared, call.window, call.score, call.dropout, SCORE=call.functions[0], BM=c.rows, BN=c.cols, warps=c.warps,
+        *own[1:]), shared, call.window, call.score, call.dropout, SCORE=call.function.value, BM=c.rows, BN=c.cols, warps=c.warps,
         stages=c.stages, **call.constants,
     )  # fmt: skip
 
 
 def _check(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, slopes: Tensor | None, query_starts: Tensor | None,
-    key_starts: Tensor | None, seed: Tensor | None,
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, slopes: Tensor | None, cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None, seed: Tensor | None,
 ) -> None:  # fmt: skip
     """The contract's requirements of the tensors; an error names the one that does not meet them."""
     for name, t in (("query", query), ("key", key), ("value", value)):
@@ -228,23 +247,23 @@ def _check(
         check_tensor("slopes", slopes, query.new_empty(0, dtype=statistics_dtype(query)), (B if slopes.shape[:1] != (1,) else 1, H))
     if seed is not None:
         check_seed(seed, query)
-    _check_starts(query_starts, key_starts, mask, query, S)
+    _check_starts(cu_seqlens_q, cu_seqlens_k, mask, query, S)
 
 
-def _check_starts(query_starts: Tensor | None, key_starts: Tensor | None, mask: Tensor | None, query: Tensor, keys: int) -> None:
-    if query_starts is None and key_starts is None:
+def _check_starts(cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, mask: Tensor | None, query: Tensor, keys: int) -> None:
+    if cu_seqlens_q is None and cu_seqlens_k is None:
         return
-    for name, t in (("query_starts", query_starts), ("key_starts", key_starts)):
+    for name, t in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if t is None or t.dtype != torch.int64 or t.dim() != 1 or not len(t) or t.device != query.device:
             raise RuntimeError(f"{name} must be int64 [N + 1] on {query.device}, beside the other one's")
-    if len(query_starts) != len(key_starts) or query.shape[0] != 1 or mask is not None:  # type: ignore[arg-type]
-        raise RuntimeError("query_starts and key_starts must be as long as each other, of a batch of 1, without a mask")
-    if len(query_starts) == 1 and (query.shape[2] or keys):  # type: ignore[arg-type]
-        raise RuntimeError(f"query_starts names no sequence, got {query.shape[2]} queries and {keys} keys")
+    if len(cu_seqlens_q) != len(cu_seqlens_k) or query.shape[0] != 1 or mask is not None:  # type: ignore[arg-type]
+        raise RuntimeError("cu_seqlens_q and cu_seqlens_k must be as long as each other, of a batch of 1, without a mask")
+    if len(cu_seqlens_q) == 1 and (query.shape[2] or keys):  # type: ignore[arg-type]
+        raise RuntimeError(f"cu_seqlens_q names no sequence, got {query.shape[2]} queries and {keys} keys")
 
 
 IMPLEMENTATIONS = {"scaled_dot_product_attention_forward": forward, "scaled_dot_product_attention_backward": backward}
-_NUMBERS = (0.0, 0.125, 0.0, -1, 0, False)
+_NUMBERS = (0.0, 0.125, 0, 0.0, -1, 0, False)
 EXAMPLES = {
     "scaled_dot_product_attention_forward": lambda empty: (*(empty(2, 16, 2048, 64) for _ in range(3)), *[None] * 5, *_NUMBERS),
     "scaled_dot_product_attention_backward": lambda empty: (

@@ -44,6 +44,7 @@ from ..contract import (
 )
 from ..registry import Op, register
 from .dropout import draw_seed
+from .nested_attention import is_nested, misfit_of_nested, nested_attention
 from .scaled_dot_product_attention_raw import UNLIMITED, Extras, Score, backward, forward
 from .scaled_dot_product_attention_reference import definition
 from .scaled_dot_product_attention_shapes import (
@@ -54,6 +55,7 @@ from .scaled_dot_product_attention_shapes import (
     mask_in_four,
     misfit_of_mask,
     out_of_four,
+    too_wide,
 )
 from .scaled_dot_product_attention_sizes import BENCH, DROPOUT_SAMPLES, SAMPLES, cost, make, make_with_dropout
 
@@ -71,10 +73,10 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, slopes: Tensor | None, query_starts: Tensor | None,
-        key_starts: Tensor | None, seed: Tensor | None, p: float, score: Score,
+        query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, slopes: Tensor | None, cu_seqlens_q: Tensor | None,
+        cu_seqlens_k: Tensor | None, seed: Tensor | None, p: float, score: Score,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        return forward(query, key, value, mask, slopes, query_starts, key_starts, seed, p, *score)
+        return forward(query, key, value, mask, slopes, cu_seqlens_q, cu_seqlens_k, seed, p, *score)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -104,12 +106,21 @@ def attend(query: Tensor, key: Tensor, value: Tensor, extras: Extras, p: float, 
     return y
 
 
+def defined(query: Tensor, key: Tensor, value: Tensor, extras: Extras, p: float, score: Score) -> Tensor:
+    """The definition of what ``attend`` does."""
+    return definition(query, key, value, *extras, p, score)
+
+
 def _unsupported(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False,
     scale: float | None = None, enable_gqa: bool = False,
 ) -> str | None:  # fmt: skip
     """Why PyTorch's own operations run for these arguments, or None where a kernel does. On the path of every call."""
     reason = unsupported(("query", query), ("key", key), ("value", value))
+    if (reason is not None and is_nested(query, key, value)) or (reason is None and query.is_nested):
+        reason = misfit_of_nested(query, key, value, attn_mask)
+        q, k, v = (t if reason else t.values() for t in (query, key, value))
+        return reason or _unsupported(q, k, v, None, dropout_p, is_causal, scale, enable_gqa)
     if reason is not None:
         return reason
     if not (query.dtype == key.dtype == value.dtype):
@@ -121,22 +132,42 @@ def _unsupported(
     except Misfit as misfit:
         return str(misfit)
     if attn_mask is None:
-        return None
+        return too_wide(query, value)
     scores = (*lead, H, query.shape[-2], key.shape[-2])
-    return misfit_of_mask(query, attn_mask, is_causal, scores[-max(query.dim(), key.dim(), value.dim()) :])
+    return too_wide(query, value) or misfit_of_mask(query, attn_mask, is_causal, scores[-max(query.dim(), key.dim(), value.dim()) :])
 
 
 def _refused(reason: str, query: Tensor, key: Tensor, value: Tensor, mask: Any, p: float, *options: Any) -> Tensor:
     """What PyTorch makes of arguments that no kernel takes: its result, or its error with the argument named."""
     require_tensors(("query", query), ("key", key), ("value", value), optional=(("attn_mask", mask),))
+    names = dict(zip(("is_causal", "scale", "enable_gqa"), options, strict=True))
+    if is_nested(query, key, value):
+        return without_kernel(reason, F.scaled_dot_product_attention, query, key, value, mask, p, **names)
     if is_spread(query, key, value, mask):
         return on_shards("scaled_dot_product_attention", query, key, value, mask, float(p), *options)
     lengths = key.shape[-2:-1] == value.shape[-2:-1]  # torch reads beyond the shorter one
     devices = {t.device for t in (query, key, value, mask) if t is not None and not is_causal_bias(t)}
     if not lengths or len(devices) > 1 or (mask is not None and options[0] is True):
         raise RuntimeError(f"scaled_dot_product_attention: {reason}")
-    names = ("is_causal", "scale", "enable_gqa")
-    return without_kernel(reason, F.scaled_dot_product_attention, query, key, value, mask, p, **dict(zip(names, options, strict=True)))
+    return without_kernel(reason, F.scaled_dot_product_attention, query, key, value, mask, p, **names)
+
+
+def after_autocast(query: Tensor, key: Tensor, value: Tensor, mask: Any) -> tuple[Tensor, Tensor, Tensor, Any]:
+    """The arguments, converted where autocast is active."""
+    dtype = autocast_dtype(query) if isinstance(query, Tensor) else None
+    if dtype is not None and all(isinstance(t, Tensor) for t in (key, value)):
+        query, key, value = in_autocast(dtype, query, key, value)  # type: ignore[assignment]
+        if isinstance(mask, Tensor) and mask.is_floating_point() and not is_causal_bias(mask):
+            mask = in_autocast(dtype, mask)[0]
+    return query, key, value, mask
+
+
+def check_probability(p: Any) -> None:
+    """Raise TypeError or RuntimeError where ``dropout_p`` is no probability."""
+    if not isinstance(p, (int, float)):
+        raise TypeError(f"dropout_p must be a number, got {type(p).__name__}")
+    if not 0.0 <= p <= 1.0:
+        raise RuntimeError(f"dropout probability has to be between 0 and 1, but got {p}")
 
 
 def scaled_dot_product_attention(
@@ -147,7 +178,8 @@ def scaled_dot_product_attention(
 
     Args:
         query: ``(*, H, L, D)``; or ``(L, D)``. float32, float64, bfloat16 or float16, any strides; D and E are at most 256.
-        key, value: ``(*, H, S, D)`` and ``(*, H, S, E)``, same dtype and device; dimensions before L and S broadcast.
+        key, value: ``(*, H, S, D)`` and ``(*, H, S, E)``, same dtype and device; dimensions before L and S broadcast. Or all three are
+            nested tensors ``(B, H, j, D)`` of layout ``torch.jagged``, with j tokens in each sequence, and the result is one.
         attn_mask: broadcastable to ``(*, H, L, S)``: boolean, True where l may attend to s; or a number to add, of the dtype of query or
             float32; or a ``torch.nn.attention.bias.CausalBias``, such as ``causal_lower_right(L, S)``. What is False, or -inf, is left
             out: not even a NaN gets through.
@@ -164,15 +196,8 @@ def scaled_dot_product_attention(
         RuntimeError: sizes, dtypes or heads do not fit; a mask and ``is_causal``; ``dropout_p`` is not between 0 and 1.
         TypeError: an argument is not a tensor, or not a number.
     """
-    dtype = autocast_dtype(query) if isinstance(query, Tensor) else None
-    if dtype is not None and all(isinstance(t, Tensor) for t in (key, value)):
-        query, key, value = in_autocast(dtype, query, key, value)  # type: ignore[assignment]
-        if isinstance(attn_mask, Tensor) and attn_mask.is_floating_point() and not is_causal_bias(attn_mask):
-            attn_mask = in_autocast(dtype, attn_mask)[0]
-    if not isinstance(dropout_p, (int, float)):
-        raise TypeError(f"dropout_p must be a number, got {type(dropout_p).__name__}")
-    if not 0.0 <= dropout_p <= 1.0:
-        raise RuntimeError(f"dropout probability has to be between 0 and 1, but got {dropout_p}")
+    query, key, value, attn_mask = after_autocast(query, key, value, attn_mask)
+    check_probability(dropout_p)
     reason = _unsupported(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if reason is not None:
         return _refused(reason, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
@@ -185,21 +210,27 @@ def seeded(
     enable_gqa: bool,
 ) -> Tensor:  # fmt: skip
     """Attention with dropout under a given seed, for arguments that a kernel takes."""
-    lead, dim = heads_of(query, key, value, enable_gqa)[0], max(query.dim(), key.dim(), value.dim())
     lower_right = is_causal_bias(mask) and mask.variant.name == "LOWER_RIGHT"
     if is_causal_bias(mask):
         is_causal, mask = True, None
+    score = score_of(query, is_causal, scale, lower_right)
+    if query.is_nested:
+        return nested_attention(query, key, value, seed, p, score, enable_gqa)
+    return dense(attend, query, key, value, Extras(mask, seed=seed), p, score, enable_gqa)
+
+
+def dense(
+    how: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, extras: Extras, p: float, score: Score, enable_gqa: bool
+) -> Tensor:
+    """``attend`` or ``defined`` for any number of dimensions; the mask of ``extras`` is still as it was given."""
+    lead, dim, mask = heads_of(query, key, value, enable_gqa)[0], max(query.dim(), key.dim(), value.dim()), extras.mask
     if mask is not None:
         mask = mask_in_four(mask if mask.dtype == torch.bool or query.dtype != torch.float64 else mask.double(), lead)
-    y = attend(*heads_in_four(query, key, value, enable_gqa), Extras(mask, seed=seed), p, score_of(query, is_causal, scale, lower_right))
-    return out_of_four(y, lead, dim)
+    return out_of_four(how(*heads_in_four(query, key, value, enable_gqa), extras._replace(mask=mask), p, score), lead, dim)
 
 
 def _definition(query: Tensor, key: Tensor, value: Tensor, mask: Any, p: float, is_causal: bool, scale: Any, enable_gqa: bool) -> Tensor:
-    lead, dim = heads_of(query, key, value, enable_gqa)[0], max(query.dim(), key.dim(), value.dim())
-    extras = Extras(None if mask is None else mask_in_four(mask, lead))
-    heads = heads_in_four(query, key, value, enable_gqa)
-    return out_of_four(definition(*heads, *extras, p, score_of(query, is_causal, scale)), lead, dim)
+    return dense(defined, query, key, value, Extras(mask), p, score_of(query, is_causal, scale), enable_gqa)
 
 
 def _positional(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -227,7 +258,7 @@ def with_dropout(query: Tensor, key: Tensor, value: Tensor, seed: Tensor) -> Ten
 
 
 def _definition_with_dropout(query: Tensor, key: Tensor, value: Tensor, seed: Tensor) -> Tensor:
-    return definition(query, key, value, *Extras(seed=seed), P, Score(query.shape[-1] ** -0.5))
+    return defined(query, key, value, Extras(seed=seed), P, Score(query.shape[-1] ** -0.5))
 
 
 register(

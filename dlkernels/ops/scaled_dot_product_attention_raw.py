@@ -22,11 +22,13 @@ class Score(NamedTuple):
 
         l + o - left <= s <= l + o + right,    o = S - L if lower_right else 0
 
-    and a limit below 0 is none. ``softcap`` 0 stands for no cap.
+    and a limit below 0 is none. ``function`` is the place in ``score_functions.SCORE_FUNCTIONS`` of what it then goes through, and
+    ``parameter`` that function's number.
     """
 
     scale: float
-    softcap: float = 0.0
+    function: int = 0
+    parameter: float = 0.0
     left: int = UNLIMITED
     right: int = UNLIMITED
     lower_right: bool = False
@@ -38,8 +40,8 @@ class Extras(NamedTuple):
 
     mask: Tensor | None = None
     slopes: Tensor | None = None
-    query_starts: Tensor | None = None
-    key_starts: Tensor | None = None
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
     seed: Tensor | None = None
 
 
@@ -77,19 +79,19 @@ def _check(query: Tensor, key: Tensor, value: Tensor, extras: Extras, p: float) 
 
 
 def _forward_fake(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, slopes: Tensor | None, query_starts: Tensor | None,
-    key_starts: Tensor | None, seed: Tensor | None, p: float, *score: Any,
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, slopes: Tensor | None, cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None, seed: Tensor | None, p: float, *score: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    _check(query, key, value, Extras(mask, slopes, query_starts, key_starts, seed), p)
+    _check(query, key, value, Extras(mask, slopes, cu_seqlens_q, cu_seqlens_k, seed), p)
     return empty_like_heads(query, value.shape[3]), query.new_empty(query.shape[:3], dtype=statistics_dtype(query))
 
 
 def _backward_fake(
     dy: Tensor, query: Tensor, key: Tensor, value: Tensor, y: Tensor, lse: Tensor, mask: Tensor | None, slopes: Tensor | None,
-    query_starts: Tensor | None, key_starts: Tensor | None, seed: Tensor | None, p: float, scale: float, softcap: float, left: int,
-    right: int, lower_right: bool, need_dquery: bool, need_dkey: bool, need_dvalue: bool, need_dmask: bool,
+    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, seed: Tensor | None, p: float, scale: float, score_function: int,
+    parameter: float, left: int, right: int, lower_right: bool, need_dquery: bool, need_dkey: bool, need_dvalue: bool, need_dmask: bool,
 ) -> Optionals:  # fmt: skip
-    _check(query, key, value, Extras(mask, slopes, query_starts, key_starts, seed), p)
+    _check(query, key, value, Extras(mask, slopes, cu_seqlens_q, cu_seqlens_k, seed), p)
     shape = (*query.shape[:3], value.shape[3])
     check_traced(query, dy=(dy, shape), y=(y, shape))
     return (
@@ -100,8 +102,8 @@ def _backward_fake(
     )
 
 
-_tensors = "Tensor? mask, Tensor? slopes, Tensor? query_starts, Tensor? key_starts, Tensor? seed"
-_numbers = "float p, float scale, float softcap, int left, int right, bool lower_right"
+_tensors = "Tensor? mask, Tensor? slopes, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seed"
+_numbers = "float p, float scale, int score_function, float parameter, int left, int right, bool lower_right"
 forward = define(
     f"scaled_dot_product_attention_forward(Tensor query, Tensor key, Tensor value, {_tensors}, {_numbers}) -> (Tensor y, Tensor lse)",
     _forward_fake,

@@ -10,20 +10,21 @@ from torch import Tensor
 
 from .dropout import factors, numbers
 from .scaled_dot_product_attention_raw import Score
+from .score_functions import SCORE_FUNCTIONS
 
 __all__: list[str] = []
 
 
-def visible(query: Tensor, key: Tensor, mask: Tensor | None, query_starts: Tensor | None, key_starts: Tensor | None, score: Score) -> Any:
+def visible(query: Tensor, key: Tensor, mask: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, score: Score) -> Any:
     """(which keys a query may attend to, how far query l + o lies behind key s), both broadcastable to [B, H, L, S]."""
     l, s = torch.arange(query.shape[2], device=query.device)[:, None], torch.arange(key.shape[2], device=key.device)
     L: Any = query.shape[2]
     S: Any = key.shape[2]
     seen = torch.ones_like(l >= s)
-    if query_starts is not None and key_starts is not None:
-        i, j = torch.searchsorted(query_starts[1:], l, right=True), torch.searchsorted(key_starts[1:], s, right=True)
-        L, S, seen = query_starts.diff()[i], key_starts.diff()[i], i == j
-        l, s = l - query_starts[i], s - key_starts[j]
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:
+        i, j = torch.searchsorted(cu_seqlens_q[1:], l, right=True), torch.searchsorted(cu_seqlens_k[1:], s, right=True)
+        L, S, seen = cu_seqlens_q.diff()[i], cu_seqlens_k.diff()[i], i == j
+        l, s = l - cu_seqlens_q[i], s - cu_seqlens_k[j]
     behind = l + (S - L if score.lower_right else 0) - s
     if score.left >= 0:
         seen = seen & (behind <= score.left)
@@ -35,19 +36,19 @@ def visible(query: Tensor, key: Tensor, mask: Tensor | None, query_starts: Tenso
 
 
 def definition(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, slopes: Tensor | None, query_starts: Tensor | None,
-    key_starts: Tensor | None, seed: Tensor | None, p: float, score: Score,
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, slopes: Tensor | None, cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None, seed: Tensor | None, p: float, score: Score,
 ) -> Tensor:  # fmt: skip
     """The same in PyTorch's own operations, with the matrix of scores in memory."""
     (B, H, L, _), (_, G, S, _) = query.shape, key.shape
-    seen, behind = visible(query, key, mask, query_starts, key_starts, score)
+    seen, behind = visible(query, key, mask, cu_seqlens_q, cu_seqlens_k, score)
     if H != G:
         key, value = key.repeat_interleave(H // G, 1), value.repeat_interleave(H // G, 1)
     unseen = ~seen.any(-2)[..., None]  # by any query: whatever numbers these hold, 0 times them is 0
     key, value = key.masked_fill(unseen, 0), value.masked_fill(unseen, 0)
     z = score.scale * query @ key.mT
-    if score.softcap:
-        z = score.softcap * torch.tanh(z / score.softcap)
+    if score.function:
+        z = list(SCORE_FUNCTIONS.values())[score.function](z, behind, score.parameter)
     if mask is not None and mask.dtype != torch.bool:
         z = z + mask.to(z.dtype)
     if slopes is not None:

@@ -32,8 +32,6 @@ def heads_of(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tup
         raise Misfit(f"query has shape {tuple(q)}, key {tuple(k)}, value {tuple(v)}; needs at least 2 dimensions each")
     if q[-1] != k[-1] or k[-2] != v[-2]:
         raise Misfit(f"query {tuple(q)}, key {tuple(k)} and value {tuple(v)} do not fit (*, L, D), (*, S, D) and (*, S, E)")
-    if q[-1] > WIDEST or v[-1] > WIDEST:
-        raise Misfit(f"heads have {q[-1]} and {v[-1]} numbers; kernels take at most {WIDEST}")
     if len(q) == 4 and q[:2] == k[:2] == v[:2]:  # the usual case, at a tenth of the cost
         return torch.Size(q[:1]), q[1], q[1]
     hq, hk, hv = ([1, *some[:-2]][-1] for some in (q, k, v))
@@ -47,6 +45,12 @@ def heads_of(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tup
     if min(len(q), len(k), len(v)) < 3 or not hk or not hv or hq % hk or hq % hv:
         raise Misfit(f"query has {hq} heads, needs a multiple of the {hk} of key and the {hv} of value, in dimension -3")
     return lead, hq, hk if hk == hv else hq
+
+
+def too_wide(query: Tensor, value: Tensor) -> str | None:
+    """Why no kernel takes heads of these widths, or None."""
+    D, E = query.shape[-1], value.shape[-1]
+    return f"heads have {D} and {E} numbers; kernels take at most {WIDEST}" if D > WIDEST or E > WIDEST else None
 
 
 def in_four(t: Tensor, lead: torch.Size, heads: int) -> Tensor:
