@@ -100,7 +100,7 @@ template <class T> struct BackwardHead {
                 bool plain = scores.plain(l, rows, s, n);
                 if (!plain) scores.apply(t.z, t.bend, l, rows, s, n);
                 const C* factors = a.o.dropout ? scores.dropped(l, s, n) : nullptr;
-                for (int64_t j = 0; j < rows; j += NR) differentiate(t, j, factors, n, C(plain ? a.o.scale * LOG2E : LOG2E), lse, delta);
+                for (int64_t j = 0; j < rows; j += NR) differentiate(t, j, factors, n, plain, lse, delta);
                 if (mask) mask->add(t.dp, LD, rows, s, n);
                 auto lines = [&](Lane* p) { return from_line(Lines<Lane>{p, (PAIR == 1 ? LD : HALF_LD) / PAIR}, 0); };
                 if (d.dvalue.p)
@@ -141,8 +141,9 @@ template <class T> struct BackwardHead {
         }
     }
 
-    // NR queries from j on: scores to weights, and dp to dz.
-    void differentiate(const Tiles& t, int64_t j, const C* factors, int64_t n, C scale, const C* lse, const C* delta) const {
+    // NR queries from j on: scores to weights, and dp to dz. A weight that is hidden is 0 also where lse is NaN.
+    void differentiate(const Tiles& t, int64_t j, const C* factors, int64_t n, bool plain, const C* lse, const C* delta) const {
+        const C scale = C(plain ? a.o.scale * LOG2E : LOG2E), hidden = plain ? std::numeric_limits<C>::quiet_NaN() : -INF<C>;
         const bool bent = a.o.softcap != 0 && !d.dmask;
         const C to_product = d.dmask ? C(1) : C(a.o.scale);
         for (int64_t c = j; c < j + NR; c += VL<C>) {
@@ -150,7 +151,8 @@ template <class T> struct BackwardHead {
             vec<C> before{};
             for (int64_t i = 0; i < n; i++) {
                 int64_t at = i * LD + c;
-                vec<C> w = exp2_or_zero<C>(load(t.z + at) * scale - under), dp = load(t.dp + at), kept = w;
+                vec<C> z = load(t.z + at), dp = load(t.dp + at);
+                vec<C> w = z == hidden ? vec<C>{} : exp2_or_zero<C>(z * scale - under), kept = w;
                 if (factors) kept = w * load(factors + at), dp *= load(factors + at);
                 vec<C> dz = w == 0 ? vec<C>{} : w * (dp - mean);
                 if (bent) dz *= load(t.bend + at);
