@@ -15,7 +15,7 @@
 #include "gemm_thin.h"
 
 constexpr int64_t PART = 512, SLICE = 128;  // keys of a unit, and of a tile of scores
-constexpr int64_t FEW = 16;                 // rows up to which this is faster than tiles of queries
+constexpr int64_t FEW = 8;                  // queries up to which this is faster than tiles of them
 
 template <class T> struct Decoder {
     using C = compute_t<T>;
@@ -186,4 +186,4 @@ template <class T> struct Decoder {
 };
 
 // Whether the queries of a sequence are so few; which way one goes depends on itself alone.
-template <class T> bool is_few(const Attention<T>& a, const Sequence& q) { return !a.o.dropout && q.L * a.H <= FEW * a.G; }
+template <class T> bool is_few(const Attention<T>& a, const Sequence& q) { return !a.o.dropout && q.L <= FEW; }
