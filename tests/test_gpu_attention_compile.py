@@ -56,6 +56,22 @@ def test_kernels_compile(target: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_decoding_compiles(target: str) -> None:
+    """One query beside 4096 keys: these are shared out, heads that share them are the rows of a tile; and the cache that they lie in."""
+    for H, G in ((8, 8), (16, 2)):
+        rest = *[None] * 5, 0.0, 0.125, 0.0, -1, 0, True
+        q, k = meta(1, H, 1, 64), meta(1, G, 4096, 64)
+        launches = aot.record(lambda q=q, k=k, rest=rest: kernels.forward(q, k, k, *rest), target)
+        assert [launch.kernel.__name__ for launch in launches] == [FORWARD, "combine_shares"]
+        assert launches[0].grid[0] == G and launches[0].grid[1] > 8
+        compiled(launches[0], target)
+        assert aot.compile_launch(launches[1], target).spilled == 0
+    append = aot.compiled("kv_cache_append_", target)[0]
+    assert append.spilled == 0 and append.registers <= 64
+
+
+@pytest.mark.slow
 def test_large_heads_compile() -> None:
     for D, name in ((128, DKEY), (256, DQUERY)):
         compiled(recorded("sm_90", D)[name])

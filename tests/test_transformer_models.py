@@ -16,7 +16,7 @@ from dlkernels.models.bert import BERTClassifier
 from dlkernels.models.gpt import GPT, POSITIONS, choose
 from dlkernels.models.layers import TWINS, fused
 from dlkernels.models.seq2seq import EncoderDecoder, RelativeBias
-from dlkernels.models.transformer import KeyValues, MultiHeadAttention, TransformerBlock
+from dlkernels.models.transformer import MultiHeadAttention, TransformerBlock
 
 pytestmark = pytest.mark.skipif(SMALL, reason="what the kernels compute is tested op by op; here it is how they are put together")
 V, CONTEXT = 11, 16
@@ -112,13 +112,13 @@ def test_a_cache_changes_nothing(positions: str) -> None:
     """Token by token, and several at once, give the logits of the whole text."""
     model = GPT(V, CONTEXT, positions=positions, **SIZES).double()
     x = tokens(2, CONTEXT)
-    caches = [KeyValues(CONTEXT) for _ in model.blocks]
+    caches = [dlkernels.nn.KVCache(CONTEXT) for _ in model.blocks]
     with torch.no_grad():
         parts = [model(part, caches) for part in x.split([5, 1, 1, 4, 1, 4], 1)]
     torch.testing.assert_close(torch.cat(parts, 1), model(x))
     with pytest.raises(ValueError, match="17 in all, needs at most the context, 16"):
         model(x[:, :1], caches)
-    with pytest.raises(ValueError, match="the cache holds 16 tokens of at most 16; 1 more do not fit"):
+    with pytest.raises(ValueError, match="key has 1 tokens, and the cache holds 16 of at most 16"):
         caches[0].append(*torch.zeros(2, 2, 2, 1, 8, dtype=torch.float64))
 
 

@@ -100,11 +100,11 @@ template <class T> struct BackwardHead {
                 bool plain = scores.plain(l, rows, s, n);
                 if (!plain) scores.apply(t.z, bent() ? t.bend : nullptr, l, rows, s, n);
                 const C* factors = a.o.dropout ? scores.dropped(l, s, n) : nullptr;
-                for (int64_t j = 0; j < rows; j += NR) differentiate(t, j, factors, n, C(plain ? a.o.scale * LOG2E : LOG2E), lse, delta);
+                for (int64_t j = 0; j < rows; j += NR) differentiate(t, j, factors, n, plain, lse, delta);
                 if constexpr (PAIR > 1)
                     for (int64_t i = 0; i < n && rows % 2; i++)  // the other half of the last pair is no query, and 0 NaN no number
                         for (Lane* p : {t.weights, t.lines}) reinterpret_cast<bf16*>(p)[i * HALF_LD + rows] = bf16{};
-                if (mask) add_to(*mask, scores, t.dp, l, rows, s, n);
+                if (mask) add_to(*mask, t.dp, rows, s, n);
                 auto lines = [&](Lane* p) { return from_line(Lines<Lane>{p, (PAIR == 1 ? LD : HALF_LD) / PAIR}, 0); };
                 if (d.dvalue.p)
                     multiply<Micro>(n, a.E, rows, lines(t.weights), dy_rows.panels, dvalue + (s - first) * value_width, value_width, true);
@@ -145,8 +145,9 @@ template <class T> struct BackwardHead {
         }
     }
 
-    // NR queries from j on: scores to weights, and dp to dz.
-    void differentiate(const Tiles& t, int64_t j, const C* factors, int64_t n, C scale, const C* lse, const C* delta) const {
+    // NR queries from j on: scores to weights, and dp to dz. A weight that is hidden is 0 also where lse is NaN.
+    void differentiate(const Tiles& t, int64_t j, const C* factors, int64_t n, bool plain, const C* lse, const C* delta) const {
+        const C scale = C(plain ? a.o.scale * LOG2E : LOG2E), hidden = plain ? std::numeric_limits<C>::quiet_NaN() : -INF<C>;
         const bool bent = this->bent();
         const C to_product = d.dmask ? C(1) : C(a.o.scale);
         for (int64_t c = j; c < j + NR; c += VL<C>) {
@@ -154,7 +155,8 @@ template <class T> struct BackwardHead {
             vec<C> before{};
             for (int64_t i = 0; i < n; i++) {
                 int64_t at = i * LD + c;
-                vec<C> w = exp2_or_zero<C>(load(t.z + at) * scale - under), dp = load(t.dp + at), kept = w;
+                vec<C> z = load(t.z + at), dp = load(t.dp + at);
+                vec<C> w = z == hidden ? vec<C>{} : exp2_or_zero<C>(z * scale - under), kept = w;
                 if (factors) kept = w * load(factors + at), dp *= load(factors + at);
                 vec<C> dz = w * (dp - mean);
                 if (bent) dz *= load(t.bend + at);
@@ -172,12 +174,10 @@ template <class T> struct BackwardHead {
         }
     }
 
-    // Where lse is NaN, or the key of a lane that is no query, dz is NaN outside the window and behind the last query too.
-    void add_to(const MaskSums<C>& mask, const Scores<T>& scores, C* dz, int64_t l, int64_t rows, int64_t s, int64_t n) const {
-        bool inside = scores.inside(l, rows, s, n);
+    // The lanes behind the last query may hold NaN.
+    void add_to(const MaskSums<C>& mask, C* dz, int64_t rows, int64_t s, int64_t n) const {
         for (int64_t i = 0; i < n; i++)
-            for (int64_t j = inside ? rows : 0; j < round_up(rows, VL<C>); j++)
-                if (j >= rows || !scores.visible(l + j, s + i)) dz[i * LD + j] = 0;
+            for (int64_t j = rows; j < round_up(rows, VL<C>); j++) dz[i * LD + j] = 0;
         mask.add(dz, LD, rows, s, n);
     }
 

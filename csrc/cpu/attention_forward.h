@@ -18,6 +18,14 @@ template <class T> struct Attention {  // the arguments of a call
     int64_t lse_batch, lse_head;
 };
 
+// y and lse of a query, from its weighted sum of the values, whose weights have the sum `total` and are powers of 2 under `top`.
+template <class T, class C> void finish_row(const Attention<T>& a, const Sequence& q, int64_t h, int64_t l, C top, C total, const C* sums) {
+    T* y = a.y.at(q.b, h, q.l + l).p;
+    C inverse = total == 0 ? C(0) : 1 / total;
+    for (int64_t e = 0; e < a.E; e += VL<C>) store(y + e, load(sums + e) * inverse, int(std::min<int64_t>(VL<C>, a.E - e)));
+    a.lse[q.b * a.lse_batch + h * a.lse_head + q.l + l] = total == 0 ? -INF<C> : C(top * LN2) + std::log(total);
+}
+
 template <class T> struct ForwardHead {  // keys and values of one head of a sequence, as the products want them
     using C = compute_t<T>;
     using Micro = Multiplier<T>;
@@ -106,13 +114,7 @@ template <class T> struct ForwardHead {  // keys and values of one head of a seq
     }
 
     void finish(int64_t h, int64_t l, int64_t rows, const C* top, const C* total, const C* sums, int64_t ld) const {
-        Rows<T> y = a.y.at(q.b, h, q.l + l);
-        for (int64_t r = 0; r < rows; r++) {
-            C inverse = total[r] == 0 ? C(0) : 1 / total[r];
-            for (int64_t e = 0; e < a.E; e += VL<C>)
-                store(y[r] + e, load(sums + r * ld + e) * inverse, int(std::min<int64_t>(VL<C>, a.E - e)));
-            a.lse[q.b * a.lse_batch + h * a.lse_head + q.l + l + r] = total[r] == 0 ? -INF<C> : C(top[r] * LN2) + std::log(total[r]);
-        }
+        for (int64_t r = 0; r < rows; r++) finish_row(a, q, h, l + r, top[r], total[r], sums + r * ld);
     }
 };
 

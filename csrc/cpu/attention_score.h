@@ -43,6 +43,11 @@ template <class T> struct Scores {
     Sequence q;
     int64_t h;
 
+    static vec<C> lanes() {
+        vec<C> lane;
+        for (int i = 0; i < VL<C>; i++) lane[i] = C(i);
+        return lane;
+    }
     int64_t offset() const { return o.lower_right ? q.S - q.L : 0; }
     // The keys that one of the queries [l, l + rows) may see: [first, last), first even.
     std::pair<int64_t, int64_t> keys(int64_t l, int64_t rows) const {
@@ -67,29 +72,29 @@ template <class T> struct Scores {
     // z, `n` rows of keys from s on, becomes scores; `bend` takes the derivative of the score function where it is wanted.
     void apply(C* z, C* bend, int64_t l, int64_t rows, int64_t s, int64_t n) const {
         C* bias = scratch<C, BIAS>(KEYS * LD);
-        bool masked = o.mask.kind != MaskKind::NONE;
-        if (masked) with_mask([&](auto m) { fill(m, bias, l, rows, s, n); });
-        const vec<C> scale = set(C(o.scale));
-        C slope = o.slopes ? static_cast<const C*>(o.slopes)[q.b * o.slopes_batch + h] : 0;
-        vec<C> lane;
-        for (int i = 0; i < VL<C>; i++) lane[i] = C(i);
+        if (o.mask.kind != MaskKind::NONE) with_mask([&](auto m) { fill(m, bias, l, rows, s, n); });
+        const vec<C> lane = lanes();
         o.function.with<C>([&](auto function) INLINE {
+            const Change change(*this, function);
             for (int64_t i = 0; i < n; i++, z += LD, bias += LD) {
                 C at = C(s + i - offset() - l);  // the query, counted from l, that lies at key s + i
-                vec<C> low = set(o.right < 0 ? -INF<C> : at - C(o.right)), high = set(o.left < 0 ? INF<C> : at + C(o.left));
                 for (int64_t j = 0; j < QUERIES; j += VL<C>) {
-                    vec<C> place = lane + C(j), behind = place - at;
-                    Bent<vec<C>> bent = function(load(z + j) * scale, behind);
-                    if (bend) store(bend + i * LD + j, bent.slope);
-                    vec<C> x = bent.z;
-                    if (masked) {
-                        vec<C> b = load(bias + j);
-                        x = b == -INF<C> ? b : x + b;
-                    }
-                    if (o.slopes) x -= slope * abs(behind);
-                    x = place < low ? set(-INF<C>) : x;
-                    store(z + j, place > high ? set(-INF<C>) : x);
+                    vec<C> slope{}, b = change.masked ? load(bias + j) : vec<C>{};
+                    store(z + j, change(load(z + j), b, lane + (C(j) - at), slope));
+                    if (bend) store(bend + i * LD + j, slope);
                 }
+            }
+        });
+    }
+    // The same for one query, l, whose products with the n keys from s on lie side by side.
+    void apply_row(C* z, int64_t l, int64_t s, int64_t n) const {
+        const vec<C> lane = lanes();
+        o.function.with<C>([&](auto function) INLINE {
+            const Change change(*this, function);
+            for (int64_t i = 0; i < n; i += VL<C>) {
+                vec<C> slope, b{};
+                with_mask([&](auto m) { b = m.of_keys(l, s + i, int(std::min<int64_t>(VL<C>, n - i))); });
+                store(z + i, change(load(z + i), b, C(l + offset() - s - i) - lane, slope));
             }
         });
     }
@@ -109,6 +114,28 @@ template <class T> struct Scores {
     }
 
   private:
+    // A vector of products becomes scores: -inf where a key is hidden, and nowhere else. `behind` is how far each query lies behind its
+    // key; `bend` becomes the derivative of the score function.
+    template <class Function> struct Change {
+        static constexpr C LARGEST = std::numeric_limits<C>::max();
+        const Function& function;
+        C scale, left, right, slope;
+        bool masked;
+        Change(const Scores& s, const Function& function)
+            : function(function), scale(C(s.o.scale)), left(s.o.left < 0 ? INF<C> : C(s.o.left)), right(s.o.right < 0 ? INF<C> : C(s.o.right)),
+              slope(s.o.slopes ? static_cast<const C*>(s.o.slopes)[s.q.b * s.o.slopes_batch + s.h] : C(0)),
+              masked(s.o.mask.kind != MaskKind::NONE) {}
+        INLINE vec<C> operator()(vec<C> x, vec<C> bias, vec<C> behind, vec<C>& bend) const {
+            Bent<vec<C>> bent = function(x * scale, behind);
+            x = bent.z, bend = bent.slope;
+            if (masked) x += bias;
+            if (slope != 0) x -= slope * abs(behind);
+            x = x < -LARGEST ? set(-LARGEST) : x;
+            if (masked) x = bias == -INF<C> ? bias : x;
+            x = behind > left ? set(-INF<C>) : x;
+            return -behind > right ? set(-INF<C>) : x;
+        }
+    };
     template <class M> struct Biases {  // of this head, one for every query and key
         const M* p;
         int64_t row, column;
@@ -126,6 +153,12 @@ template <class T> struct Scores {
                 for (int i = 0; i < n; i++) v[i] = one(at[i]);
                 return v;
             }
+        }
+        vec<C> of_keys(int64_t l, int64_t s, int n) const {
+            if (column == 1) return along_keys(l, s, n);
+            vec<C> v{};
+            for (int i = 0; i < n; i++) v[i] = (*this)(l, s + i);
+            return v;
         }
     };
     template <class F> void with_mask(const F& f) const {  // f(the biases), where there are any

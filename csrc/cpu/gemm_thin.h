@@ -8,10 +8,24 @@
 #include "gemm.h"
 #include "gemm_bf16.h"
 
-template <class T> struct Dot {
+// Lane l is the sum of the lanes of row[l], for as many rows as lanes: each pass halves them.
+template <int S = 1, class V, int n> inline V lane_sums(V (&row)[n]) {
+    if constexpr (S == n) return row[0];
+    else {
+#pragma GCC unroll 32
+        for (int i = 0; i < n; i += 2 * S) {
+            swap_blocks<S>(row[i], row[i + S], std::make_integer_sequence<int, n>{});
+            row[i] += row[i + S];
+        }
+        return lane_sums<2 * S>(row);
+    }
+}
+
+template <class T, int ROWS = DOT_ROWS> struct Dot {
     using S = compute_t<T>;
     static constexpr bool PAIRS = HAS_PAIR_DOT && std::is_same_v<T, bf16>;  // two k to a lane, as they lie in memory
-    static constexpr int DM = DOT_ROWS, DN = 4, SUMS = DM * DN, L = VL<S>, STEP = PAIRS ? 2 * L : L, STRIP = 32;
+    static constexpr int L = VL<S>, STEP = PAIRS ? 2 * L : L, STRIP = 32;
+    static constexpr int DM = ROWS, DN = ROWS == 1 ? L : 4, SUMS = DM * DN;
 
     template <class... Lanes> static auto read(const T* p, Lanes... lanes) {
         if constexpr (PAIRS) return load_raw<pairs>(p, lanes...);
@@ -23,24 +37,24 @@ template <class T> struct Dot {
     }
 
     // sums[i * ld + j] = sum_k x[i][k] w[j][k], for i < rows <= DM and j < DN (rows of w past `columns` repeat the last one).
-    // Meanwhile `ahead` rows of w from `next` on are fetched into L2.
+    // Meanwhile `ahead` rows from `next` on, ldn apart and as long, are fetched into L2.
     static void tile(int rows, int columns, int64_t K, const T* x, int64_t ldx, const T* w, int64_t ldw, S* sums, int64_t ld,
-                     const T* next, int ahead) {
+                     const T* next, int64_t ldn, int ahead) {
         vec<S> acc[SUMS] = {};
         const T *xs[DM], *ws[DN], *ns[DN];
         for (int i = 0; i < DM; i++) xs[i] = x + std::min(i, rows - 1) * ldx;
         for (int j = 0; j < DN; j++) ws[j] = w + std::min(j, columns - 1) * ldw;
-        for (int j = 0; j < DN; j++) ns[j] = j < ahead ? next + j * ldw : xs[0];
+        for (int j = 0; j < DN; j++) ns[j] = j < ahead ? next + j * ldn : xs[0];
         auto step = [&](int64_t k, auto... lanes) {
             decltype(read(w)) wk[DN];
-#pragma GCC unroll 4
+#pragma GCC unroll 16
             for (int j = 0; j < DN; j++) prefetch_l2(ns[j] + k);
-#pragma GCC unroll 4
+#pragma GCC unroll 16
             for (int j = 0; j < DN; j++) wk[j] = read(ws[j] + k, lanes...);
-#pragma GCC unroll 4
+#pragma GCC unroll 16
             for (int i = 0; i < DM; i++) {
                 auto xk = read(xs[i] + k, lanes...);
-#pragma GCC unroll 4
+#pragma GCC unroll 16
                 for (int j = 0; j < DN; j++) acc[i * DN + j] = multiply_add(acc[i * DN + j], xk, wk[j]);
             }
         };
@@ -48,15 +62,16 @@ template <class T> struct Dot {
         for (; k + STEP <= K; k += STEP) step(k);
         if (k < K) step(k, int(K - k));
         alignas(64) S total[SUMS];
-        for (int s = 0; s < SUMS; s += L) {  // lane l of the sum of the transposed rows is the sum over the lanes of acc[s + l]
-            vec<S> square[L], sum{};
+        for (int s = 0; s < SUMS; s += L) {
+            vec<S> square[L];
             for (int i = 0; i < L; i++) square[i] = acc[s + i];
-            transpose(square);
-            for (int i = 0; i < L; i++) sum += square[i];
-            store(total + s, sum);
+            store(total + s, lane_sums(square));
         }
-        for (int i = 0; i < rows; i++)
-            for (int j = 0; j < columns; j++) sums[i * ld + j] = total[i * DN + j];
+        for (int i = 0; i < rows; i++) {
+            if constexpr (DN == L) store(sums + i * ld, load(total + i * DN), columns);
+            else
+                for (int j = 0; j < std::min(columns, DN); j++) sums[i * ld + j] = total[i * DN + j];
+        }
     }
 
     // Columns [n0, n0 + columns) of C. A strip of w is read from memory once and from L2 for all further rows of x; so that the memory does
@@ -72,7 +87,7 @@ template <class T> struct Dot {
                 int64_t next = std::min(N, n0 + STRIP + number * STRIP / tiles);
                 int64_t end = std::min(N, n0 + STRIP + (number + 1) * STRIP / tiles);
                 tile(rows, std::min(DN, columns - j), K, x + m * ldx, ldx, w + (n0 + j) * ldw, ldw, sums + j, STRIP,
-                     w + next * ldw, end - next);
+                     w + next * ldw, ldw, end - next);
             }
             epilogue(Tile<S>{sums, STRIP, m, n0, rows, columns});
         }

@@ -1,5 +1,6 @@
 // scaled_dot_product_attention: the ops, with every argument checked. attention.h says how the work is cut.
 #include "attention_backward.h"
+#include "attention_decode.h"
 #include "heads.h"
 
 namespace {
@@ -95,7 +96,13 @@ std::tuple<Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value, Optio
     Call call{FORWARD, query, key, value, mask, slopes, cu_seqlens_q, cu_seqlens_k, seed, o};
     call.check();
     Tensor y = empty_heads(query, call.E), lse = empty(statistics_type(query), {call.B, call.H, call.L});
-    with_type(FORWARD, query.scalar_type(), [&](auto type) { attention_forward(call.arguments<decltype(type)>(y, lse)); });
+    with_type(FORWARD, query.scalar_type(), [&](auto type) {
+        auto few = call.arguments<decltype(type)>(y, lse), many = few;
+        std::erase_if(few.sequences, [&](const Sequence& q) { return !is_few(few, q); });
+        std::erase_if(many.sequences, [&](const Sequence& q) { return is_few(many, q); });
+        Decoder(few).run();
+        attention_forward(many);
+    });
     return {y, lse};
 }
 

@@ -20,7 +20,8 @@ import dlkernels.nn
 from dlkernels import data_text
 from dlkernels.models.layers import check_sizes, fused, next_token_loss
 from dlkernels.models.spec import ModelSpec
-from dlkernels.models.transformer import KeyValues, TransformerBlock, check_heads, gpt_init
+from dlkernels.models.transformer import TransformerBlock, check_heads, gpt_init
+from dlkernels.nn import KVCache
 
 POSITIONS = ("rope", "learned", "sinusoidal", "none")
 
@@ -58,11 +59,11 @@ class GPT(torch.nn.Module):
         self.head.weight = self.embed.weight
         gpt_init(self, n_layers)
 
-    def forward(self, tokens: Tensor, caches: list[KeyValues] | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, caches: list[KVCache] | None = None) -> Tensor:
         """With ``caches``, one for every block, ``tokens`` follow those that the caches have seen."""
         return self.head(self.features(tokens, caches))
 
-    def features(self, tokens: Tensor, caches: list[KeyValues] | None = None) -> Tensor:
+    def features(self, tokens: Tensor, caches: list[KVCache] | None = None) -> Tensor:
         """What the last layer sees, [B, T, C]."""
         start = caches[0].length if caches else 0
         if start + tokens.shape[1] > self.context:
@@ -92,15 +93,15 @@ class GPT(torch.nn.Module):
         was_training = self.training
         self.eval()
         try:
-            caches = [KeyValues(T + count) for _ in self.blocks]
-            new = rows
-            for _ in range(count):
+            caches = [KVCache(T + count) for _ in self.blocks]
+            text, new = rows.new_empty(len(rows), T + count), rows
+            text[:, :T] = rows
+            for t in range(T, T + count):
                 logits = self.head(self.features(new, caches)[:, -1])
-                new = choose(logits, temperature, top_k, top_p, generator)
-                rows = torch.cat([rows, new], 1)
+                new = text[:, t : t + 1] = choose(logits, temperature, top_k, top_p, generator)
         finally:
             self.train(was_training)
-        return rows if tokens.dim() == 2 else rows[0]
+        return text if tokens.dim() == 2 else text[0]
 
 
 class _Unchanged(torch.nn.Module):

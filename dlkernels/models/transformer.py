@@ -23,26 +23,7 @@ from torch import Tensor
 
 import dlkernels.nn
 from dlkernels.models.layers import check_sizes, fused
-
-
-class KeyValues:
-    """Keys and values [B, H, T, D] of the tokens so far, in memory for ``context`` of them: what is said again need not be computed."""
-
-    def __init__(self, context: int) -> None:
-        self.context, self.length = context, 0
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
-
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys and values, with those of the new tokens at the end."""
-        end = self.length + k.shape[2]
-        if end > self.context:
-            raise ValueError(f"the cache holds {self.length} tokens of at most {self.context}; {k.shape[2]} more do not fit")
-        if self.keys is None or self.values is None:
-            self.keys, self.values = (t.new_empty(*t.shape[:2], self.context, t.shape[3]) for t in (k, v))
-        self.keys[:, :, self.length : end], self.values[:, :, self.length : end] = k, v
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+from dlkernels.nn import KVCache
 
 
 def check_heads(d_model: int, n_heads: int) -> None:
@@ -68,7 +49,7 @@ class MultiHeadAttention(torch.nn.Module):
         self.n_heads, self.d_k, self.causal, self.rotary, self.nn = n_heads, d_model // n_heads, causal, rotary, [nn]
         self.W_q, self.W_k, self.W_v, self.W_o = (nn.Linear(d_model, d_model) for _ in range(4))
 
-    def forward(self, x: Tensor, memory: Tensor | None = None, mask: Tensor | None = None, cache: KeyValues | None = None) -> Tensor:
+    def forward(self, x: Tensor, memory: Tensor | None = None, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Attention of x [B, T, C] to itself, or to ``memory`` [B, S, C].
 
         Args:
@@ -129,7 +110,7 @@ class TransformerBlock(torch.nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, cache: KeyValues | None = None, memory: Tensor | None = None,
+        self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None, memory: Tensor | None = None,
         memory_mask: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """The masks are for ``MultiHeadAttention``: of x and of ``memory``."""

@@ -23,6 +23,7 @@ Work        2BHLS (D + E) flops forward and 2BHLS (3D + 2E) backward, half of th
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ from ..contract import (
     unsupported,
     without_kernel,
 )
-from ..registry import Op, register
+from ..registry import OPS, Op, register
 from .dropout import draw_seed
 from .nested_attention import is_nested, misfit_of_nested, nested_attention
 from .scaled_dot_product_attention_raw import UNLIMITED, Extras, Score, backward, forward
@@ -57,7 +58,7 @@ from .scaled_dot_product_attention_shapes import (
     out_of_four,
     too_wide,
 )
-from .scaled_dot_product_attention_sizes import BENCH, DROPOUT_SAMPLES, SAMPLES, cost, make, make_with_dropout
+from .scaled_dot_product_attention_sizes import BENCH, DECODE_BENCH, DECODE_SAMPLES, DROPOUT_SAMPLES, SAMPLES, cost, make, make_with_dropout
 
 __all__ = ["scaled_dot_product_attention"]
 
@@ -293,5 +294,15 @@ register(
         raw=("scaled_dot_product_attention_forward", "scaled_dot_product_attention_backward"),
         supports=lambda query, key, value, seed: _unsupported(query, key, value),
         rival=lambda query, key, value, seed: F.scaled_dot_product_attention(query, key, value, dropout_p=P),
+    )
+)
+register(  # a token that is being written, beside the keys of all before it
+    replace(
+        OPS["scaled_dot_product_attention"],
+        name="scaled_dot_product_attention_decode",
+        samples=DECODE_SAMPLES,
+        bench=DECODE_BENCH,
+        quick=DECODE_BENCH[:1],
+        tiny=[{"B": 1, "H": 4, "L": 1, "S": 64, "D": 32}],
     )
 )
