@@ -7,6 +7,7 @@ using namespace recurrent;
 
 constexpr const char* FORWARD = "recurrent_forward";
 constexpr int64_t TOKENS_AT_ONCE = 512;
+enum { INPUTS = 11, SUMS };  // scratch slots: a tensor costs a tiny step a tenth of its time
 
 // The only step of sequences of one token, in direction d: nothing to pack for.
 template <class T, class Cell> void one_step(const Layer& l, const Forward<T, Cell>& run, int64_t d) {
@@ -14,8 +15,7 @@ template <class T, class Cell> void one_step(const Layer& l, const Forward<T, Ce
     constexpr int G = Cell::GATES;
     const int64_t B = l.B, H = l.H, P = l.P;
     Share all{d, 0, 1, B, 0};
-    Tensor sums = empty(statistics_type(l.x), {B, std::max(G * H, P)});
-    auto s = ::data<compute_t<T>>(sums);
+    auto s = scratch<compute_t<T>, SUMS>(B * std::max(G * H, P));
     Matrix<T> h0{run.to.h0 + d * B * P, P, 1};
     multiply_rows(B, G * H, P, h0, matrix<T>(l.weight(d, 1)), s, [&](const auto& t) { store_tile(t, s, G * H); });
     auto rows = [&](int64_t begin, int64_t end) {
@@ -41,13 +41,12 @@ template <class T, class Cell> void forward(const Layer& l, const Arrays<T>& to)
     std::vector<C> bias[2];
     for (int64_t d = 0; d < D; d++) bias[d] = biases<T, Cell>(l, d, run.b_hn[d]);
 
-    Tensor inputs[2], panels[2];
-    int64_t steps = std::clamp<int64_t>(TOKENS_AT_ONCE / l.B, 1, T_);
-    for (int64_t d = 0; d < D; d++) inputs[d] = empty(statistics_type(l.x), {std::min(steps * l.B, N), G * H});
+    int64_t steps = std::clamp<int64_t>(TOKENS_AT_ONCE / l.B, 1, T_), room = std::min(steps * l.B, N) * G * H;
+    C* inputs = scratch<C, INPUTS>(D * room);
     auto input = [&](int64_t d, int64_t p0, int64_t p1) {  // a of the tokens of some steps
         int64_t t0 = d ? T_ - p1 : p0, t1 = d ? T_ - p0 : p1, first = l.tokens.offset[t0];
         int64_t count = (t1 < T_ ? l.tokens.offset[t1] : N) - first;
-        C* a = ::data<C>(inputs[d]);
+        C* a = inputs + d * room;
         multiply_rows(count, G * H, I, Matrix<T>{::data<T>(l.x) + first * I, I, 1}, matrix<T>(l.weight(d, 0)), a, [&](const auto& t) {
             for (int i = 0; i < t.rows; i++)
                 for (int j = 0; j < t.columns; j += VL<C>)

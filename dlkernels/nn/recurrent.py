@@ -115,21 +115,22 @@ class RNN(_Network):
 class _Cell:
     """What the cells share: input ``(B, I)`` or ``(I,)``, states zero where none are given."""
 
+    _with_cell = False
+
     def forward(self: Any, input: Tensor, hx: Any = None) -> Any:
-        name, with_cell = self._get_name(), isinstance(self, torch.nn.LSTMCell)
-        if input.dim() not in (1, 2):
-            raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
-        single = input.dim() == 1
+        with_cell, rank = self._with_cell, input.dim()
+        if rank not in (1, 2):
+            raise ValueError(f"{self._get_name()}: Expected input to be 1D or 2D, got {rank}D instead")
+        single = rank == 1
         x = input.unsqueeze(0) if single else input
         states = [x.new_zeros(x.shape[0], self.hidden_size)] * (1 + with_cell) if hx is None else list(hx) if with_cell else [hx]
         if hx is not None:
             for i, state in enumerate(states):
-                if state.dim() != input.dim():
+                if state.dim() != rank:
                     which = f"hx[{i}]" if with_cell else "hidden"
-                    raise ValueError(f"{name}: Expected {which} to be {input.dim()}D like the input, got {state.dim()}D instead")
+                    raise ValueError(f"{self._get_name()}: Expected {which} to be {rank}D like the input, got {state.dim()}D instead")
             states = [state.unsqueeze(0) for state in states] if single else states
-        function = getattr(F, self._function())
-        found = function(x, states if with_cell else states[0], self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        found = self._function(x, states if with_cell else states[0], self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
         if not single:
             return found
         return tuple(t.squeeze(0) for t in found) if with_cell else found.squeeze(0)
@@ -138,19 +139,18 @@ class _Cell:
 class LSTMCell(_Cell, torch.nn.LSTMCell):
     """``torch.nn.LSTMCell`` on our kernel: input ``(B, I)`` and (h, c), each ``(B, H)`` -> the new (h, c); or all of them without B."""
 
-    def _function(self) -> str:
-        return "lstm_cell"
+    _with_cell = True
+    _function = staticmethod(F.lstm_cell)
 
 
 class GRUCell(_Cell, torch.nn.GRUCell):
     """``torch.nn.GRUCell`` on our kernel: input ``(B, I)`` and h ``(B, H)`` -> the new h."""
 
-    def _function(self) -> str:
-        return "gru_cell"
+    _function = staticmethod(F.gru_cell)
 
 
 class RNNCell(_Cell, torch.nn.RNNCell):
     """``torch.nn.RNNCell`` on our kernel, with tanh or relu: input ``(B, I)`` and h ``(B, H)`` -> the new h."""
 
-    def _function(self) -> str:
-        return f"rnn_{self.nonlinearity}_cell"
+    def _function(self, *args: Any) -> Tensor:
+        return getattr(F, f"rnn_{self.nonlinearity}_cell")(*args)

@@ -43,29 +43,38 @@ def _unsupported(mode: Mode, x: Tensor, h: Tensor, c: Tensor | None, *weights: T
     given = [t for t in (x, h, c, *weights) if t is not None]
     if len(given) not in (4 + mode.has_cell, 6 + mode.has_cell) or (c is None) == mode.has_cell:
         return "a state or a weight is missing"
-    if any(t.dtype != x.dtype for t in given):
-        return f"dtypes {', '.join(sorted({str(t.dtype) for t in given}))} differ"
+    dtypes = {t.dtype for t in given}
+    if len(dtypes) > 1:
+        return f"dtypes {', '.join(sorted(map(str, dtypes)))} differ"
     return _misfit(mode, x, h, c, *weights) or ("there are no numbers" if not x.numel() or not h.numel() else None)
 
 
 def cell(mode: Mode, x: Tensor, h: Tensor, c: Tensor | None, *weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The new h and, of an LSTM, c."""
-    require_tensors(("input", x), ("h", h), optional=(("c", c), *zip(WEIGHTS, weights)))
-    out, dtype = h.dtype, autocast_dtype(x)
+    dtype, out = autocast_dtype(x) if isinstance(x, Tensor) else None, None
     if dtype is not None:  # torch's products become narrow; but for the plain cells, they are added to the state as it is
+        require_tensors(("input", x), ("h", h), optional=(("c", c), *zip(WEIGHTS, weights)))
+        wide = h.dtype
         x, h, c, *weights = in_autocast(dtype, x, h, c, *weights)  # type: ignore[assignment]
-        out = x.dtype if mode.gates == 1 else torch.promote_types(x.dtype, out)
+        out = x.dtype if mode.gates == 1 else torch.promote_types(x.dtype, wide)
     reason = _unsupported(mode, x, h, c, *weights)
     if reason is not None:
-        if is_spread(x, h, c, *weights):
-            return on_shards("recurrent_cell", mode, x, h, c, *weights)
-        if misfit := _misfit(mode, x, h, c, *weights):
-            raise RuntimeError(f"{mode.name}_cell: {misfit}")
-        return without_kernel(reason, _native, mode, x, h, c, *weights, name=f"{mode.name}_cell")
-    given = [w for w in weights if w is not None]
-    _, hn, cn = layer(x, h[None], None if c is None else c[None], None, mode, given)
-    found = hn[0], None if cn is None else cn[0]
-    return found if out is hn.dtype else tuple(t if t is None else t.to(out) for t in found)  # type: ignore[return-value]
+        return _refused(reason, mode, x, h, c, *weights)
+    y, _, cn = layer(x, h.unsqueeze(0), None if c is None else c.unsqueeze(0), None, mode, [w for w in weights if w is not None])
+    found = y, None if cn is None else cn.squeeze(0)
+    return found if out is None else tuple(t if t is None else t.to(out) for t in found)  # type: ignore[return-value]
+
+
+def _refused(
+    reason: str, mode: Mode, x: Tensor, h: Tensor, c: Tensor | None, *weights: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """What PyTorch makes of arguments that no kernel takes: its result, or its error with the arguments named."""
+    require_tensors(("input", x), ("h", h), optional=(("c", c), *zip(WEIGHTS, weights)))
+    if is_spread(x, h, c, *weights):
+        return on_shards("recurrent_cell", mode, x, h, c, *weights)
+    if misfit := _misfit(mode, x, h, c, *weights):
+        raise RuntimeError(f"{mode.name}_cell: {misfit}")
+    return without_kernel(reason, _native, mode, x, h, c, *weights, name=f"{mode.name}_cell")
 
 
 def _native(mode: Mode, x: Tensor, h: Tensor, c: Tensor | None, *weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
