@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import triton
+import triton.language as tl  # noqa: F401  the interpreter looks for it
 
 from .activations import tanh
 
