@@ -33,4 +33,7 @@ def softcap_derivative(x, behind, a):
     return 1.0 - t * t
 
 
-SCORE_FUNCTIONS = {"none": ScoreFunction(of_places=False), "softcap": ScoreFunction(softcap, softcap_derivative, of_places=False)}
+SCORE_FUNCTIONS = {
+    "none": ScoreFunction(of_places=False),
+    "softcap": ScoreFunction(softcap, softcap_derivative, of_places=False),
+}
