@@ -1,5 +1,5 @@
-"""docs/adding_an_op.md works: its three files, put into a copy of the package and built, pass the generic tests, and nothing else is edited;
-its score function, put where the page says, gives both of attention's twins what its formula says."""
+"""docs/adding_an_op.md works: its three files, put into a copy of the package and built, pass the generic tests; nothing else is edited.
+Its score function, put where the page says, gives both of attention's twins what its formula says."""
 
 from __future__ import annotations
 
