@@ -125,6 +125,27 @@ def attention(mesh: DeviceMesh) -> None:
 
 
 @case
+def attention_variants(mesh: DeviceMesh) -> None:
+    """Slopes are cut with the heads, or are the same in every process; packed sequences are cut by heads alone."""
+    q, k, v, slopes, starts = randn(3, 4, 5, 6), randn(3, 4, 7, 6), randn(3, 4, 7, 2), randn(4), torch.tensor([0, 2, 2, 5])
+
+    def dense(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
+        return F.attention(q, k, v, alibi_slopes=slopes.detach(), causal=True, softcap=2.0)
+
+    def packed(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
+        return F.varlen_attention(q, k, v, starts, starts, alibi_slopes=slopes.detach(), window_size=(2, 0))
+
+    for d, cut in ((0, WHOLE), (1, Shard(0)), (1, WHOLE)):
+        compare(mesh, dense, (q, k, v, slopes), [*[Shard(d)] * 3, cut], Shard(d))
+    tokens = randn(5, 4, 6), randn(5, 4, 6), randn(5, 4, 2)
+    for d in (0, 1):
+        compare(mesh, packed, (*tokens, slopes), [*[Shard(d)] * 3, Shard(0)], Shard(1) if d else None)
+        compare(mesh, lambda *t: packed(*t, slopes), tokens, [Shard(d)] * 3)
+    part = F.varlen_attention(*(spread(mesh, t, Shard(1)) for t in tokens), starts, starts, None, None, 0.5)
+    assert part.placements == (Shard(1),)
+
+
+@case
 def rope(mesh: DeviceMesh) -> None:
     x, shared, own = randn(4, 2, 5, 6), (randn(5, 3), randn(5, 3)), (randn(4, 5, 2), randn(4, 5, 2))
     for d in (0, 1, 2):

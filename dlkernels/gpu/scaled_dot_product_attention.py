@@ -63,7 +63,7 @@ class Call:
         (self.B, self.H, self.L, self.D), (_, self.G, self.S, self.E) = query.shape, value.shape
         self.query, self.key, self.value, self.mask, self.seed = query, key, value, mask, seed
         self.starts = [None if t is None else t.contiguous() for t in (cu_seqlens_q, cu_seqlens_k)]
-        self.slopes = None if slopes is None else slopes.expand(self.B, self.H).contiguous() if slopes.stride(1) != 1 else slopes
+        self.slopes = None if slopes is None else slopes.contiguous()
         self.group = self.H // self.G if self.G else 1
         everything = self.L + self.S
         self.window = (int(lower_right), *(everything if n < 0 else min(n, everything) for n in (left, right)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import triton
+import triton.language as tl  # noqa: F401  the interpreter looks for it
 
 from .activations import tanh
 
@@ -32,4 +33,7 @@ def softcap_derivative(x, behind, a):
     return 1.0 - t * t
 
 
-SCORE_FUNCTIONS = {"none": ScoreFunction(of_places=False), "softcap": ScoreFunction(softcap, softcap_derivative, of_places=False)}
+SCORE_FUNCTIONS = {
+    "none": ScoreFunction(of_places=False),
+    "softcap": ScoreFunction(softcap, softcap_derivative, of_places=False),
+}
