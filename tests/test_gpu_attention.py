@@ -183,15 +183,15 @@ def test_tokens_go_behind_those_in_a_cache(dtype: torch.dtype) -> None:
     key, value = randn(3, 2, 2, 5, dtype=dtype), randn(3, 2, 2, 80, dtype=dtype, seed=1)
     key = key.transpose(0, 2).contiguous().transpose(0, 2)
     for starts, fits in (([4, 4, 4], [0, 1, 2]), ([7, 0, 3], [0, 1, 2]), ([8, 2, -1], [1]), ([2**63 - 1, -(2**63), 7], [2])):
-        caches = [torch.full((3, 9, 2, n), 7.0, dtype=dtype, device=DEVICE).transpose(1, 2) for n in (5, 80)]
-        wanted = [t.clone() for t in caches]
-        for b, tensors in itertools.product(fits, zip(wanted, (key, value), strict=True)):
-            tensors[0][b, :, starts[b] : starts[b] + 2] = tensors[1][b]
+        a, b = (torch.full((3, 9, 2, n), 7.0, dtype=dtype, device=DEVICE).transpose(1, 2) for n in (5, 80))
+        wanted = a.clone(), b.clone()
+        for i, (cache, new) in itertools.product(fits, zip(wanted, (key, value), strict=True)):
+            cache[i, :, starts[i] : starts[i] + 2] = new[i]
         positions = None if starts == [4, 4, 4] else torch.tensor(starts, device=DEVICE)
-        append(*caches, key, value, 4, positions)
-        assert all(torch.equal(a, b) for a, b in zip(caches, wanted, strict=True))
+        append(a, b, key, value, 4, positions)
+        assert torch.equal(a, wanted[0]) and torch.equal(b, wanted[1])
     with pytest.raises(RuntimeError, match="position 8 is out of range: key has 2 tokens, and key_cache has 9 places"):
-        append(*caches, key, value, 8, None)
+        append(a, b, key, value, 8, None)
 
 
 @here
