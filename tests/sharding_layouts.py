@@ -140,7 +140,7 @@ def attention_variants(mesh: DeviceMesh) -> None:
     tokens = randn(5, 4, 6), randn(5, 4, 6), randn(5, 4, 2)
     for d in (0, 1):
         compare(mesh, packed, (*tokens, slopes), [*[Shard(d)] * 3, Shard(0)], Shard(1) if d else None)
-        compare(mesh, lambda *t: packed(*t, slopes), tokens, [Shard(d)] * 3)
+        compare(mesh, lambda q, k, v: packed(q, k, v, slopes), tokens, [Shard(d)] * 3)
     part = F.varlen_attention(*(spread(mesh, t, Shard(1)) for t in tokens), starts, starts, None, None, 0.5)
     assert part.placements == (Shard(1),)
 

@@ -23,7 +23,7 @@ from . import scaled_dot_product_attention as sdpa
 from .attention_sizes import BENCH, SAMPLES, cost, in_eager, make, slopes_of
 from .dropout import draw_seed
 from .scaled_dot_product_attention_raw import Extras, Score
-from .scaled_dot_product_attention_shapes import Misfit, heads_of, is_causal_bias, misfit_of_mask, too_wide
+from .scaled_dot_product_attention_shapes import Misfit, check_probability, heads_of, is_causal_bias, misfit_of_mask, too_wide
 from .score_functions import code_of
 
 __all__ = ["attention"]
@@ -118,7 +118,7 @@ def attention(
     if is_causal_bias(attn_mask):
         raise TypeError("attn_mask is a CausalBias, needs a plain tensor; causal=True says the same as a lower-right one")
     query, key, value, attn_mask = sdpa.after_autocast(query, key, value, attn_mask)
-    sdpa.check_probability(dropout_p)
+    check_probability(dropout_p)
     score = score_with(query, causal, window_size, softcap, score_function, scale)
     if is_spread(query, key, value, attn_mask, alibi_slopes):
         return on_shards("attention", query, key, value, attn_mask, alibi_slopes, float(dropout_p), score, enable_gqa)

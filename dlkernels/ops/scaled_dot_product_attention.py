@@ -50,6 +50,7 @@ from .scaled_dot_product_attention_raw import UNLIMITED, Extras, Score, backward
 from .scaled_dot_product_attention_reference import definition
 from .scaled_dot_product_attention_shapes import (
     Misfit,
+    check_probability,
     heads_in_four,
     heads_of,
     is_causal_bias,
@@ -161,14 +162,6 @@ def after_autocast(query: Tensor, key: Tensor, value: Tensor, mask: Any) -> tupl
         if isinstance(mask, Tensor) and mask.is_floating_point() and not is_causal_bias(mask):
             mask = in_autocast(dtype, mask)[0]
     return query, key, value, mask
-
-
-def check_probability(p: Any) -> None:
-    """Raise TypeError or RuntimeError where ``dropout_p`` is no probability."""
-    if not isinstance(p, (int, float)):
-        raise TypeError(f"dropout_p must be a number, got {type(p).__name__}")
-    if not 0.0 <= p <= 1.0:
-        raise RuntimeError(f"dropout probability has to be between 0 and 1, but got {p}")
 
 
 def scaled_dot_product_attention(

@@ -102,3 +102,11 @@ def misfit_of_mask(query: Tensor, mask: Any, is_causal: bool, shape: tuple[int, 
         return f"attn_mask has dtype {mask.dtype}, needs bool, float32 or {query.dtype} like query"
     fits = 2 <= mask.dim() <= len(shape) and all(m in (1, n) for m, n in zip(reversed(mask.shape), reversed(shape)))
     return None if fits else f"attn_mask has shape {tuple(mask.shape)}, needs one that broadcasts to {shape}"
+
+
+def check_probability(p: Any) -> None:
+    """Raise TypeError or RuntimeError where ``dropout_p`` is no probability."""
+    if not isinstance(p, (int, float)):
+        raise TypeError(f"dropout_p must be a number, got {type(p).__name__}")
+    if not 0.0 <= p <= 1.0:
+        raise RuntimeError(f"dropout probability has to be between 0 and 1, but got {p}")

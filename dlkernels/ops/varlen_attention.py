@@ -26,6 +26,7 @@ from .attention import heads_that_fit, no_kernel, score_with, slopes_in_two
 from .attention_sizes import PACKED_BENCH, PACKED_SAMPLES, cost_of_packed, make_packed, one_by_one, padded, slopes_of
 from .dropout import draw_seed
 from .scaled_dot_product_attention_raw import Extras, Score
+from .scaled_dot_product_attention_shapes import check_probability
 
 __all__ = ["varlen_attention"]
 
@@ -107,7 +108,7 @@ def varlen_attention(
     starts = ("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)
     require_tensors(("query", query), ("key", key), ("value", value), *starts, optional=(("alibi_slopes", alibi_slopes),))
     query, key, value, _ = sdpa.after_autocast(query, key, value, None)
-    sdpa.check_probability(dropout_p)
+    check_probability(dropout_p)
     score = score_with(query, causal, window_size, softcap, score_function, scale)
     check_heads(query, key, value, enable_gqa)
     check_starts(query, key, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
