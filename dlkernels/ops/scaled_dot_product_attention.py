@@ -273,9 +273,9 @@ register(
     )
 )
 register(
-    Op(
+    replace(
+        OPS["scaled_dot_product_attention"],
         name="scaled_dot_product_attention_dropout",
-        module="scaled_dot_product_attention",
         call=with_dropout,
         reference=_definition_with_dropout,
         native=_definition_with_dropout,
@@ -283,8 +283,7 @@ register(
         samples=DROPOUT_SAMPLES,
         bench=BENCH[:2],
         quick=BENCH[:1],
-        cost=cost,
-        raw=("scaled_dot_product_attention_forward", "scaled_dot_product_attention_backward"),
+        tiny=(),
         supports=lambda query, key, value, seed: _unsupported(query, key, value),
         rival=lambda query, key, value, seed: F.scaled_dot_product_attention(query, key, value, dropout_p=P),
     )
