@@ -43,7 +43,8 @@ template <class T, class Cell> void forward(const Layer& l, const Arrays<T>& to)
     for (int64_t d = 0; d < D; d++) bias[d] = biases<T, Cell>(l, d, run.b_hn[d]);
 
     int64_t steps = std::clamp<int64_t>(TOKENS_AT_ONCE / l.B, 1, T_), room = std::min(steps * l.B, N) * G * H;
-    C* inputs = scratch<C, INPUTS>(D * room);
+    Tensor many = T_ > 1 ? empty(statistics_type(l.x), {D, room}) : Tensor();  // not kept: the backward needs room as well
+    C* inputs = T_ > 1 ? ::data<C>(many) : scratch<C, INPUTS>(D * room);
     auto input = [&](int64_t d, int64_t p0, int64_t p1) {  // a of the tokens of some steps
         int64_t t0 = d ? T_ - p1 : p0, t1 = d ? T_ - p0 : p1, first = l.tokens.offset[t0];
         int64_t count = (t1 < T_ ? l.tokens.offset[t1] : N) - first;
