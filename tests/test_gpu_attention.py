@@ -142,6 +142,9 @@ def test_starts_that_are_none_stay_in_bounds(small_tiles: None) -> None:
     for wrong in ([-5, 3, 400], [7, 2, 9], [2**40, -(2**40), 2**62]):
         starts = torch.tensor(wrong, device=DEVICE)
         ours(q, k, v, Extras(None, None, starts, starts), 0.0, Score(0.3), randn(1, 2, 9, 4))
+    starts = torch.tensor([0, 3, 5], device=DEVICE)
+    for result in ours(q, k, v, Extras(None, None, starts, starts), 0.0, Score(0.3), randn(1, 2, 9, 4)):
+        assert not result[:, :, 5:].any() and result[:, :, :5].isfinite().all(), "tokens in no sequence get zeros"
 
 
 @here
