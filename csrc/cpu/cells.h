@@ -16,7 +16,7 @@ template <class C> inline vec<C> gate(vec<C> x) {
     vec<C> open = reciprocal<C>(1 + exp_normal<C>(min(set(limit), max(set(-limit), -x))));
     return x < -limit ? vec<C>{} : open;
 }
-template <class C> INLINE inline vec<C> squash(vec<C> x) {
+template <class C> inline vec<C> squash(vec<C> x) {
     vec<C> m = expm1_negative<C>(-2 * magnitude<C>(x));
     return with_sign_of<C>(x, magnitude<C>(m) * reciprocal<C>(m + 2));
 }

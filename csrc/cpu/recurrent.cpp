@@ -20,8 +20,7 @@ template <class T, class Cell> void one_step(const Layer& l, const Forward<T, Ce
     multiply_rows(B, G * H, P, h0, matrix<T>(l.weight(d, 1)), s, [&](const auto& t) { store_tile(t, s, G * H); });
     auto rows = [&](int64_t begin, int64_t end) {
         run.begin(all, 0, begin, end);
-        if (l.projected) run.template units<Cell::HAS_CELL>(all, 0, 0, begin, end, 0, H, {s, G * H, H});
-        else run.units(all, 0, 0, begin, end, 0, H, {s, G * H, H});
+        run.units(all, 0, 0, begin, end, 0, H, {s, G * H, H});
     };
     parallel(B, rows, B * H * G <= SERIAL_NUMBERS);
     if (!l.projected) return;

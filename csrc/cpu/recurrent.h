@@ -94,7 +94,7 @@ template <class T, class Cell> struct Forward {
         T *y, *hn;
         typename State::E* next;
         INLINE void put(int64_t u, V h, int lanes) const {
-            store(y + u, h, lanes);
+            if (y) store(y + u, h, lanes);
             store(next + u, h, lanes);
             if (hn) store(hn + u, h, lanes);
         }
@@ -103,22 +103,21 @@ template <class T, class Cell> struct Forward {
         int64_t b = s.sequence(j), n = tokens.offset[t] + b;
         return {to.y + (n * to.D + s.d) * to.P, last ? to.hn + (s.d * tokens.B + b) * to.P : nullptr, carried.row(s, p + 1, j)};
     }
-    // Units [u0, u1) of rows [j0, j1) at step t, the p-th. PROJECTED: their h goes on to the product with W_hr.
-    template <bool PROJECTED = false> void units(const Share& s, int64_t t, int64_t p, int64_t j0, int64_t j1, int64_t u0, int64_t u1, const Sums<C>& sums) const {
+    // Units [u0, u1) of rows [j0, j1) at step t, the p-th.
+    void units(const Share& s, int64_t t, int64_t p, int64_t j0, int64_t j1, int64_t u0, int64_t u1, const Sums<C>& sums) const {
         const int64_t D = to.D, H = to.H, d = s.d;
         for (int64_t j = j0; j < j1; j++) {
             int64_t b = s.sequence(j), n = tokens.offset[t] + b, place = (n * D + d) * H, end = (d * tokens.B + b) * H;
             bool last = tokens.beside(t, b, d == 0) < 0;
             const C* a_n = input[d] + (n - first[d]) * G * H;
-            Output out = PROJECTED ? Output{nullptr, nullptr, carried.inner_row(s, j)} : output(s, t, p, j, last);
+            Output out = carried.W ? Output{nullptr, nullptr, carried.inner_row(s, j)} : output(s, t, p, j, last);
             for (int64_t u = u0; u < u1; u += VL<C>) {
                 int lanes = std::min<int64_t>(VL<C>, u1 - u);
                 V a[G], s_[G], kept[KEPT + 1], state{};
                 for (int g = 0; g < G; g++) a[g] = load(a_n + g * H + u, lanes), s_[g] = sums.at(j, g, u - u0, lanes);
                 if constexpr (Cell::HAS_STATE) state = load(carried.state_of(s, j) + u);
                 V h = Cell::forward(a, s_, Cell::SPLIT && b_hn[d] ? load(b_hn[d] + u, lanes) : V{}, state, kept);
-                if constexpr (PROJECTED) store(out.next + u, h, lanes);
-                else out.put(u, h, lanes);
+                out.put(u, h, lanes);
                 if constexpr (Cell::HAS_STATE) store(carried.state_of(s, j) + u, state);
                 if (to.gates)
                     for (int g = 0; g < KEPT; g++) store(to.gates + place * KEPT + g * H + u, kept[g], lanes);
@@ -157,9 +156,7 @@ template <class T, class Cell> struct Forward {
             for (int64_t b = 0; b < w.hh[s.d].blocks(); b++) {
                 fetch_units(s, t, n, b * NR, std::min<int64_t>(NR, to.H - b * NR));
                 w.hh[s.d].multiply(n, carried.row(s, p), carried.K, b, sums);
-                int64_t u0 = b * NR, u1 = std::min(to.H, u0 + NR);
-                if (carried.W) units<Cell::HAS_CELL>(s, t, p, 0, n, u0, u1, {sums, G * NR, NR});
-                else units(s, t, p, 0, n, u0, u1, {sums, G * NR, NR});
+                units(s, t, p, 0, n, b * NR, std::min(to.H, (b + 1) * NR), {sums, G * NR, NR});
             }
             for (int64_t b = 0; b < w.hr[s.d].blocks(); b++) {
                 w.hr[s.d].multiply(n, carried.inner_row(s), carried.W, b, sums);
