@@ -223,7 +223,10 @@ def test_bad_arguments() -> None:
 # ---- without a GPU: what is launched, and the code it compiles to --------------------------------------------------------------------
 
 
-def sweeps(mode: Mode, case: Case, target: str, dtype: torch.dtype = torch.bfloat16) -> list[Any]:
+SWEEPS = ("recurrent_forward", "recurrent_backward")
+
+
+def sweeps(mode: Mode, case: Case, target: str, dtype: torch.dtype = torch.bfloat16, names: tuple[str, ...] = SWEEPS) -> list[Any]:
     """The launches through time, of the forward and of the backward."""
     from dlkernels.gpu import aot
 
@@ -233,7 +236,7 @@ def sweeps(mode: Mode, case: Case, target: str, dtype: torch.dtype = torch.bfloa
         y, _, _, gates, cells = forward(mode, args)
         backward(mode, [y, None, None], args, [y, gates, cells])
 
-    return [launch for launch in aot.record(run, target) if launch.kernel.__name__ in ("recurrent_forward", "recurrent_backward")]
+    return [launch for launch in aot.record(run, target) if launch.kernel.__name__ in names]
 
 
 @compiles
@@ -332,3 +335,14 @@ def test_other_ways_compile() -> None:
     launches = sweeps(LSTM, Case(1024, 8, 1024, T=2), "sm_90")
     for launch in (launches[0], launches[-1]):
         assert_good(launch, "sm_90")
+
+
+@compiles
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_steps_of_a_projection_compile(target: str) -> None:
+    """All four kernels around linear.py's products."""
+    names = ("cells_forward", "cells_backward", "with_slope", "outputs_again")
+    launches = {launch.kernel.__name__: launch for launch in sweeps(LSTM, Case(64, 8, 256, 2, T=2, P=64), target, names=names)}
+    assert set(launches) == set(names)
+    for launch in launches.values():
+        assert_good(launch, target, tensor_cores=False)

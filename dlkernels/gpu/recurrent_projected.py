@@ -39,7 +39,8 @@ def place(n, U, BB: tl.constexpr, BU: tl.constexpr):
 def cells_forward(a, s, c, m, gates, cells, first, n, H, D, d, BB: tl.constexpr, BU: tl.constexpr):
     """c [B, H] of n sequences after their tokens from ``first`` on, in place; m [B, H]; gates and cells where they are not None."""
     b, u, inside = place(n, H, BB, BU)
-    rows, ACC = (first + b) * D + d, c.dtype.element_ty
+    rows = (first + b) * D + d
+    ACC: tl.constexpr = c.dtype.element_ty
     m_tile, c_tile, kept = lstm(
         parts_of(a, rows, u, H, inside, 4, ACC), parts_of(s, b, u, H, inside, 4, ACC), parts_of(c, b, u, H, inside, 1, ACC)[0]
     )
@@ -55,7 +56,8 @@ def cells_forward(a, s, c, m, gates, cells, first, n, H, D, d, BB: tl.constexpr,
 def cells_backward(gates, cells, c0, dm, dc, da, first, n, first_before, n_before, H, D, d, BB: tl.constexpr, BU: tl.constexpr):
     """da [N, D, 4, H] of n tokens from ``first`` on, and dc [B, H] in place. Tokens before them: n_before, from ``first_before`` on."""
     b, u, inside = place(n, H, BB, BU)
-    rows, ACC = (first + b) * D + d, dc.dtype.element_ty
+    rows = (first + b) * D + d
+    ACC: tl.constexpr = dc.dtype.element_ty
     from_row = tl.where(b < n_before, cells + ((first_before + b) * D + d) * H, c0 + b * H)
     before = tl.load(from_row[:, None] + u[None, :], inside, other=0.0)
     after, dc_tile = parts_of(cells, rows, u, H, inside, 1, ACC)[0], parts_of(dc, b, u, H, inside, 1, ACC)[0]
@@ -79,7 +81,8 @@ def with_slope(dh, dy, sums, first, n, P, D, d, BB: tl.constexpr, BU: tl.constex
 def outputs_again(gates, cells, m, N, H, D, d, BB: tl.constexpr, BU: tl.constexpr):
     """m [N, H] = o tanh(c) of all tokens in direction d."""
     n, u, inside = place(N, H, BB, BU)
-    rows, ACC = n * D + d, cells.dtype.element_ty
+    rows = n * D + d
+    ACC: tl.constexpr = cells.dtype.element_ty
     o, c = parts_of(gates, rows * 4 + 3, u, H, inside, 1, ACC)[0], parts_of(cells, rows, u, H, inside, 1, ACC)[0]
     store_parts(m, n, u, H, inside, (o * tanh(c, 0.0),))
 
