@@ -62,7 +62,7 @@ def test_decoding_compiles(target: str) -> None:
     """One query beside 4096 keys: these are shared out, heads that share them are the rows of a tile; and the cache that they lie in."""
     for H, G in ((8, 8), (16, 2)):
         q, k = meta(1, H, 1, 64), meta(1, G, 4096, 64)
-        call = partial(kernels.forward, q, k, k, *[None] * 5, 0.0, 0.125, 0.0, -1, 0, True)
+        call = partial(kernels.forward, q, k, k, *[None] * 5, 0.0, 0.125, 0, 0.0, -1, 0, True)
         launches = aot.record(call, target)
         assert [launch.kernel.__name__ for launch in launches] == [FORWARD, "combine_shares"]
         assert launches[0].grid[0] == G and launches[0].grid[1] > 8

@@ -196,7 +196,9 @@ template <class T, class Cell> struct Backward {
             for (int64_t u = u0; u < u1; u += VL<C>) {
                 int lanes = std::min<int64_t>(VL<C>, u1 - u);
                 V carry{}, kept[KEPT + 1], da[G], ds{}, before{}, after{};
-                V dh = j < (carried.W ? running : known) ? sums.at(j, 0, u - u0, lanes) : optional(of.dhn, end + u, lanes);
+                V dh{};
+                if (j < (carried.W ? running : known)) dh = sums.at(j, 0, u - u0, lanes);
+                else if (!carried.W) dh = optional(of.dhn, end + u, lanes);
                 if constexpr (Cell::HAS_STATE) carry = j < known ? load(carried.state_of(s, j) + u) : optional(of.dcn, end + u, lanes);
                 if constexpr (Cell::HAS_STATE && !Cell::HAS_CELL) dh += carry;
                 if (!carried.W) dh = arrived(s, b, n, u, lanes, dh);

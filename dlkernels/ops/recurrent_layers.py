@@ -41,8 +41,9 @@ def _misfit(
         return f"hx has {len(states)} tensors, needs {1 + mode.has_cell}"
     if len(params) < 2 or params[1].dim() != 2:
         return f"params has {len(params)} tensors, needs a w_ih and a w_hh of 2 dimensions for each of {rows} layers and directions"
-    hidden, width = params[0].shape[0] // mode.gates, params[1].shape[1]  # they differ where an LSTM projects h
-    each = 2 + 2 * biases + (width != hidden and mode.has_cell)
+    width = params[1].shape[1]
+    hidden = params[0].shape[0] // mode.gates if mode.has_cell else width  # they differ where an LSTM projects h
+    each = 2 + 2 * biases + (width != hidden)
     if len(params) != each * rows:
         return f"params has {len(params)} tensors, needs {each} for each of {rows} layers and directions"
     wanted: list[tuple[str, Tensor, tuple[int, ...]]] = [("hx[0]", states[0], (rows, batch, width))]

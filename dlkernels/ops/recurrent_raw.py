@@ -42,7 +42,7 @@ def plan_in_words(mode: Mode, x: Tensor, D: int, B: int, H: int, projected: bool
 def _check(x: Tensor, h0: Tensor, c0: Tensor | None, weights: Sequence[Tensor], mode: Mode) -> tuple[int, int, int]:
     """What the kernels check, while a graph is traced; (D, B, H), the shape of c."""
     torch._check(x.dim() == 2 and h0.dim() == 3, lambda: f"x and h0 must have 2 and 3 dimensions, got {x.dim()} and {h0.dim()}")
-    directions, batch, width = h0.shape
+    directions, batch, width = int(h0.shape[0]), h0.shape[1], h0.shape[2]
     each, rest = divmod(len(weights), directions)
     fits = rest == 0 and each in ((2, 3, 4, 5) if mode.has_cell else (2, 4))
     torch._check(fits, lambda: f"weights must have 2 or 4 members per direction of {directions}, or 3 or 5, got {len(weights)}")
