@@ -133,7 +133,7 @@ template <class T, Memory MEMORY> struct WeightGradient {
     void by_taps(T* dweight) const {
         using Micro = Fma<S>;
         Axis ah = s.axis(0), aw = s.axis(1);
-        Span h{ah.step, ah.at.front(), ah.at.back()}, w{aw.step, aw.at.front(), aw.at.back()};
+        Span h = span(ah), w = span(aw);
         int64_t width = round_up(s.C1, Micro::NR), size = taps * s.O1 * width, panels = ceil_div(s.O1, Micro::MR);
         int64_t rows = rows_that_fit(h.step * w.pixels(s.Q) * width * int64_t(sizeof(S)), (h.high - h.low) / h.step, s.P);
         int64_t parts = parts_of(s.N * ceil_div(s.P, rows), size), shares = std::min(ceil_div(threads(), parts * s.groups), panels);
@@ -160,13 +160,12 @@ template <class T, Memory MEMORY> struct WeightGradient {
         if (!IN_SQUARES<T> || !s.winograd || !is_3x3(s.axis(0), s.axis(1))) return false;
         using Micro = Fma<S>;
         constexpr int64_t MANY = 112, MR = Micro::MR, NR = Micro::NR;
-        auto [h, w] = std::pair{span(s.axis(0)), span(s.axis(1))};
+        Span h = span(s.axis(0)), w = span(s.axis(1)), here{1, 0, 0};
         Squares image{ceil_div(s.P, 2), ceil_div(s.Q, 2)};
         int64_t width = round_up(s.C1, NR), lines = round_up(s.O1, VL<S>), size = 16 * s.O1 * width, panels = ceil_div(s.O1, MR);
         int64_t rows = std::clamp<int64_t>(MANY / image.columns, 1, image.rows), most = std::max(MANY, rows * image.columns);
         int64_t bands = ceil_div(image.rows, rows), items = s.N * bands, parts = parts_of(items, size);
         int64_t shares = std::min(ceil_div(threads(), parts * s.groups), panels);
-        Span here{1, 0, 0};
         Pixels<T, MEMORY, S> met_in{x, h, w, 2 * rows, 2 * image.columns, width};
         Pixels<T, MEMORY, S> slopes_in{dz, here, here, 2 * rows, 2 * image.columns, lines};
         Tensor memory = empty(scalar_type<S>(), {s.groups, parts, size});
@@ -218,7 +217,7 @@ template <class T, Memory MEMORY> struct WeightGradient {
         constexpr int NR = Micro::NR;
         constexpr bool COLUMNS = MEMORY == Memory::COLUMNS;  // k = (tap, c), else (c, tap)
         Axis ah = s.axis(0), aw = s.axis(1);
-        Span h{ah.step, ah.at.front(), ah.at.back()}, w{aw.step, aw.at.front(), aw.at.back()};
+        Span h = span(ah), w = span(aw);
         int64_t K = s.C1 * taps, kt = COLUMNS ? s.C1 : 1, kc = COLUMNS ? 1 : taps;
         bool by_k = K * round_up(s.O1, NR) <= s.O1 * round_up(K, NR);
         int64_t width = round_up(K, by_k ? VL<S> : NR), run = by_k ? round_up(s.O1, NR) : width, size = (by_k ? K : s.O1) * run;
