@@ -33,7 +33,7 @@ def geometries(count: int, seed: int) -> Iterator[dict[str, Any]]:
         taps = (draw.choice([1, 2, 3, 5]), draw.choice([1, 3, 4]))
         images, image = draw.choice([1, 2, 3]), (draw.randint(1, 21), draw.randint(1, 37))
         if draw.random() < 0.25:
-            images, image = 9, (draw.randint(1, 4), draw.randint(1, 5))
+            images, image = draw.choice([9, 26]), (draw.randint(1, 4), draw.randint(1, 5))
         stride, dilation = [draw.choice([1, 1, 2, 3]) for _ in "hw"], [draw.choice([1, 1, 2]) for _ in "hw"]
         padding = [draw.choice([0, 1, 2, 4]) for _ in "hw"]
         if any(size + 2 * p < d * (t - 1) + 1 for size, p, d, t in zip(image, padding, dilation, taps)):
@@ -43,6 +43,32 @@ def geometries(count: int, seed: int) -> Iterator[dict[str, Any]]:
             "x": (images, groups * inside, *image), "weight": (groups * outside, inside, *taps),
             "options": (stride, padding, dilation, groups), "layout": draw.choice(LAYOUTS), "of_weight": draw.choice(LAYOUTS),
         }  # fmt: skip
+
+
+@pytest.mark.skipif(SMALL, reason="about the C++ kernels")
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["rows", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_is_not_finite_stays_with_its_image(layout: torch.memory_format, dtype: torch.dtype) -> None:
+    """Small images are worked on side by side: what is spoiled is what the definition, which pads nothing here, says is spoiled."""
+    torch.manual_seed(0)
+    tensors = [integers(*shape, dtype=dtype, layout=layout) for shape in ((26, 33, 4, 5), (34, 33, 3, 2))]
+    dy = integers(26, 34, 2, 4, dtype=dtype)
+    for spoiled in (*tensors, dy):
+        for value in (torch.nan, torch.inf):
+            kept, spoiled[1, 2, 1, 1] = float(spoiled[1, 2, 1, 1]), value
+            ours, native_ones = (gradients(f, tensors, (), dy) for f in (F.conv2d, native.conv2d))
+            spoiled[1, 2, 1, 1] = kept
+            for mine, theirs in zip(ours, native_ones):
+                assert mine.isfinite().equal(theirs.isfinite())
+                assert mine.nan_to_num(0, 0, 0).equal(theirs.nan_to_num(0, 0, 0))
+
+
+@pytest.mark.skipif(SMALL, reason="about the C++ kernels")
+def test_a_tap_in_the_padding_multiplies_nothing() -> None:
+    """Of 3 x 3 taps only those that reach into the one pixel count, whatever stands in the others."""
+    weight = torch.full((2, 3, 3, 3), torch.nan)
+    weight[:, :, 1, 1] = 2
+    assert F.conv2d(torch.ones(32, 3, 1, 1), weight, None, 1, 1).eq(6).all()
 
 
 def integers(*shape: int, dtype: torch.dtype, layout: torch.memory_format = torch.contiguous_format) -> Tensor:

@@ -34,6 +34,11 @@ struct Axis {  // one dimension of the image
         for (size_t t = 0; t < at.size(); t++) first[t] = reach(-at[t], 0), last[t] = reach(size - at[t], first[t]);
     }
     int64_t taps() const { return int64_t(at.size()); }
+    int64_t met() const {  // pairs of a place and a tap that meet a pixel
+        int64_t sum = 0;
+        for (size_t t = 0; t < at.size(); t++) sum += last[t] - first[t];
+        return sum;
+    }
 };
 
 struct Geometry {  // of a call: what stride, padding (top, bottom, left, right) and dilation make of the sizes

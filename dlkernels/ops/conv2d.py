@@ -24,7 +24,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
 from ..backend import apply_function
 from ..contract import (
@@ -157,7 +156,7 @@ def conv2d_act(
     if dtype is not None:
         input, weight, bias = in_autocast(dtype, input, weight, bias)  # type: ignore[assignment]
     x = input if input.dim() == 4 else input.unsqueeze(0)
-    if suggest_memory_format(weight) == torch.channels_last:
+    if raw.is_channels_last(weight):
         x = x.contiguous(memory_format=torch.channels_last)
     if needs_grad(x, weight, bias):
         y = apply_function(_Conv2d, x, weight, bias, found, act, negative_slope)
@@ -231,6 +230,11 @@ SAMPLES: Sizes = [
     {"N": 2, "C": 33, "H": 7, "O": 40, "R": 3, "W": 18, "channels_last": True},
     {"N": 2, "C": 18, "H": 9, "O": 18, "R": 3, "W": 7, "stride": 2, "groups": 18, "channels_last": True},
     {"N": 2, "C": 40, "H": 5, "O": 15, "R": 1, "W": 37, "channels_last": True},
+    # Many small images: the filter reaches far beyond them, or their places have strides; fewer channels than fill a vector, and more.
+    {"N": 26, "C": 2, "H": 2, "O": 3, "R": 5, "W": 1, "bias": False},
+    {"N": 26, "C": 2, "H": 5, "O": 6, "R": 3, "W": 3, "S": 2, "padding": (2, 1), "stride": 2, "groups": 2},
+    {"N": 31, "C": 34, "H": 4, "O": 17, "R": 3, "stride": 2, "channels_last": True},
+    {"N": 32, "C": 4, "H": 3, "O": 33, "R": 3, "W": 4, "dilation": 2, "channels_last": True},
 ]
 _sizes = [
     (8, 3, 224, 32, 3, 1), (8, 32, 112, 64, 3, 1), (8, 64, 56, 128, 3, 1), (32, 64, 14, 64, 3, 1), (8, 256, 14, 256, 3, 1),

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
 from ..backend import apply_function
 from ..contract import (
@@ -141,7 +140,7 @@ def conv_transpose2d(
     if dtype is not None:
         input, weight, bias = in_autocast(dtype, input, weight, bias)  # type: ignore[assignment]
     x = input if input.dim() == 4 else input.unsqueeze(0)
-    if suggest_memory_format(weight) == torch.channels_last:
+    if raw.is_channels_last(weight):
         x = x.contiguous(memory_format=torch.channels_last)
     if needs_grad(x, weight, bias):
         y = apply_function(_ConvTranspose2d, x, weight, bias, geometry, more)
