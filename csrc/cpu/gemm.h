@@ -36,6 +36,8 @@ template <class Micro> struct Gemm {
     Reader<E> A, B;
     function_ref<void(const Tile<Sum>&)> epilogue;
     int64_t deep = 8192;  // of k that are packed at a time
+    const void* out = nullptr;  // [M][N] of `out_size` bytes each: what the epilogue writes, to be fetched in time
+    int64_t out_size = 0;
     Sum* sums = nullptr;  // [M][N]: where partial sums wait when K is too deep to be packed at once; the output itself if it has this type
 
     struct Rectangle { int64_t m0, m1, n0, n1; };  // C[m0 : m1, n0 : n1]
@@ -154,10 +156,19 @@ template <class Micro> struct Gemm {
             }
     }
 
+    // A tile takes as long as its lines of the result take to come.
+    void fetch(const Tile<Sum>& at) const {
+        for (int i = 0; i < at.rows; i++) {
+            const char* row = static_cast<const char*>(out) + ((at.m + i) * N + at.n) * out_size;
+            for (int64_t b = 0; b < at.columns * out_size; b += 64) __builtin_prefetch(row + b, 1);
+        }
+    }
+
     // One tile, in place where the partial sums have room for all of it, else by way of `spare`.
     void one_tile(const E* a, const E* b, int kc, bool first, bool last, const Tile<Sum>& at, const E* next) const {
         alignas(64) Sum spare[MR * NR];
         Sum* home = const_cast<Sum*>(at.p);
+        if (last && out) fetch(at);
         auto copy = [&](const Sum* from, int64_t from_ld, Sum* to, int64_t to_ld, bool pad) {
             for (int i = 0; i < at.rows; i++)
                 for (int j = 0; j < at.columns; j += VL<Sum>)

@@ -187,6 +187,18 @@ template <class T, Memory MEMORY, class Lane> struct Pixels : Copied<T, MEMORY, 
             });
     }
 
+    // A lane for each number: its bf16 and that of the next place's pixel, 0 behind the last.
+    uint32_t* in_pairs() {
+        auto* out = reinterpret_cast<uint32_t*>(p);
+        for (int64_t i = 0; i < images * rows * columns; i++)
+            for (int64_t c = 0; c < width; c += L) {
+                pairs low = load_raw<pairs>(out + i * width + c) >> 16, high{};
+                if (i % columns + w.step < columns) high = load_raw<pairs>(out + (i + w.step) * width + c) >> 16;
+                store_raw(out + i * width + c, low | high << 16);
+            }
+        return out;
+    }
+
     // out[place][k]: what every k meets; `height` rows of `length` places, `apart` numbers to a place. Whole vectors are written.
     void gather(const std::vector<int64_t>& offset, int64_t height, int64_t length, int64_t apart, Lane* out) const {
         int64_t K = int64_t(offset.size());

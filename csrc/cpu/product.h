@@ -40,6 +40,7 @@ void multiply(int64_t M, int64_t N, int64_t K, const FA& A, const FB& B, Out* ou
     auto run = [&](auto micro) {
         using Micro = decltype(micro);
         Gemm<Micro> gemm{M, N, K, A, B, epilogue, deep};
+        if constexpr (!std::is_void_v<Out>) gemm.out = out, gemm.out_size = sizeof(Out);
         if constexpr (std::is_same_v<Out, typename Micro::Sum>) gemm.sums = out;
         gemm.run(threads, [](int64_t n, const auto& body) { parallel(n, body); });
     };

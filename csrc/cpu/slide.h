@@ -249,30 +249,34 @@ void slide(int64_t groups, const Filters<T>& filters, const Images<T, MEMORY>& i
     }
 }
 
-// sums[tap][m][c] += dz[m][j] met[offset[tap] + place[j] + c] for all places j of a band and filters [m0, m1); `width` numbers to a place.
-// A list of places leaves out what lies between the rows: 0 times a number there would be NaN where the number is infinite.
+// sums[tap][m][c] += dz[m][j] met[offset[tap] + place[j] + c] for all places j, `height` rows of L, of a band and filters [m0, m1); `width`
+// lanes to a place. A list of places leaves out what lies between the rows: 0 times a number there would be NaN where the number is infinite.
+// Where a lane is a pair of numbers, it has what two places side by side meet, and the list has every second place.
 template <class Micro, class T, Memory MEMORY>
-void slide_back(const typename Micro::Element* met, const std::vector<int64_t>& offset, const int64_t* place, int64_t J, int64_t width,
-                const Images<T, MEMORY>& dz, int64_t m0, int64_t m1, int64_t n, int64_t i0, typename Micro::Sum* sums, bool add) {
+void slide_back(const typename Micro::Lane* met, const std::vector<int64_t>& offset, const int64_t* place, int64_t height, int64_t L,
+                int64_t width, const Images<T, MEMORY>& dz, int64_t m0, int64_t m1, int64_t n, int64_t i0, typename Micro::Sum* sums, bool add) {
     using E = typename Micro::Element;
-    constexpr int MR = Micro::MR, NR = Micro::NR;
+    using Lane = typename Micro::Lane;
+    constexpr int MR = Micro::MR, NR = Micro::NR, PAIR = sizeof(Lane) / sizeof(E);
     constexpr int64_t DEEP = 256;
-    int64_t M = dz.channels;
+    if (PAIR == 1) L *= height, height = 1;
+    int64_t M = dz.channels, in_row = round_up(L, PAIR), J = height * in_row;
     E* a = scratch<E, 0>(ceil_div(m1 - m0, MR) * J * MR);
     Matrix<T> band{const_cast<T*>(dz.p) + n * dz.image() + i0 * dz.W * dz.pixel(), dz.channel(), dz.pixel()};
     for (int64_t m = m0; m < m1; m += MR)
-        for (int64_t j = 0; j < J; j += DEEP) {
-            int rows = int(std::min<int64_t>(MR, m1 - m)), kc = int(std::min(DEEP, J - j));
-            Micro::pack_a(read<E>(band, m, rows, j, kc), rows, kc, a + (m - m0) * J + j * MR);
-        }
+        for (int64_t i = 0; i < height; i++)
+            for (int64_t j = 0; j < L; j += DEEP) {
+                int rows = int(std::min<int64_t>(MR, m1 - m)), kc = int(std::min(DEEP, L - j));
+                Micro::pack_a(read<E>(band, m, rows, i * L + j, kc), rows, kc, a + (m - m0) * J + (i * in_row + j) * MR);
+            }
     for (int64_t j = 0; j < J; j += DEEP)
         for (int64_t c = 0; c < width; c += NR)
             for (size_t tap = 0; tap < offset.size(); tap++)
                 for (int64_t m = m0; m < m1; m += MR) {
                     const E* from = a + (m - m0) * J + j * MR;
-                    Micro::tile_at(int(std::min<int64_t>(MR, m1 - m)), int(std::min(DEEP, J - j)), Spaced<E>{from, MR},
-                                   Listed<E>{met + offset[tap] + c, place + j}, sums + (int64_t(tap) * M + m) * width + c, width,
-                                   add || j > 0, from);
+                    Micro::tile_at(int(std::min<int64_t>(MR, m1 - m)), int(std::min(DEEP, J - j)),
+                                   Spaced<Lane>{reinterpret_cast<const Lane*>(from), MR}, Listed<Lane>{met + offset[tap] + c, place + j / PAIR},
+                                   sums + (int64_t(tap) * M + m) * width + c, width, add || j > 0, from);
                 }
 }
 

@@ -23,7 +23,7 @@ template <class T, Memory MEMORY> struct WeightGradient {
             if (MEMORY == Memory::COLUMNS && has_few_places(s) && s.C1 >= Fma<S>::NR) return by_images(dweight);
         if (ON_TILES<T> || Patches<T, MEMORY>{x, s.axis(0), s.axis(1)}.is_matrix()) patches(dweight);
         else if (!fills_tiles<T>(s.C1)) gathered(dweight);
-        else if (!by_squares(dweight)) by_taps(dweight);
+        else if (!by_squares(dweight) && !by_taps<direct_micro<T>>(dweight)) by_taps<Fma<S>>(dweight);
     }
 
   private:
@@ -72,9 +72,10 @@ template <class T, Memory MEMORY> struct WeightGradient {
         }, work < SERIAL);
     }
 
-    // Channels fill vectors: sums[tap][o][c]. Few parts of many filters are shared out by filters.
-    void by_taps(T* dweight) const {
-        using Micro = Fma<S>;
+    // Channels fill vectors: sums[tap][o][c]. Few parts of many filters are shared out by filters. Where a place has no partner for a pair,
+    // 0 stands in for its gradient; false where that may have spoiled a sum, which is not finite.
+    template <class Micro> bool by_taps(T* dweight) const {
+        constexpr bool PAIRS = !std::is_same_v<Micro, Fma<S>>;
         Axis ah = s.axis(0), aw = s.axis(1);
         Span h = span(ah), w = span(aw);
         int64_t width = round_up(s.C1, Micro::NR), size = taps * s.O1 * width, panels = ceil_div(s.O1, Micro::MR);
@@ -83,18 +84,32 @@ template <class T, Memory MEMORY> struct WeightGradient {
         Pixels<T, MEMORY, S> pixels{x, h, w, rows, s.Q, width};
         std::vector<int64_t> offset, place;
         for (int64_t at_h : ah.at) for (int64_t at_w : aw.at) offset.push_back(pixels.lane(at_h, at_w, 0));
-        for (int64_t j = 0; j < rows * s.Q; j++) place.push_back(pixels.place(j / s.Q, j % s.Q));
+        for (int64_t i = 0; i < rows; i++)
+            for (int64_t l = 0; l < s.Q; l += PAIRS ? 2 : 1) place.push_back(pixels.place(i, l));
         Tensor memory = empty(scalar_type<S>(), {s.groups, parts, size});
         each_band(parts, shares, rows, double(s.N) * s.P * s.Q * size, [&] {
             return [&, mine = pixels](int64_t g, int64_t part, int64_t share, int64_t n, int64_t i0, int64_t height, bool first) mutable {
                 int64_t m0 = panels * share / shares * Micro::MR, m1 = std::min(s.O1, panels * (share + 1) / shares * Micro::MR);
                 mine.from = x.group(g), mine.fill(n, i0);
-                slide_back<Micro>(mine.p, offset, place.data(), height * s.Q, width, dz.group(g), m0, m1, n, i0,
-                                  data<S>(memory) + (g * parts + part) * size, !first);
+                auto slide = [&](const auto* met) {
+                    slide_back<Micro>(met, offset, place.data(), height, s.Q, width, dz.group(g), m0, m1, n, i0,
+                                      data<S>(memory) + (g * parts + part) * size, !first);
+                };
+                if constexpr (PAIRS) slide(mine.in_pairs());
+                else slide(mine.p);
             };
         });
-        for (int64_t g = 0; g < s.groups; g++)
-            add(g, data<S>(memory) + g * parts * size, parts, size, width, width, s.O1 * width, 1, dweight);
+        for (int64_t g = 0; g < s.groups; g++) {
+            S* sums = data<S>(memory) + g * parts * size;
+            add_parts(sums, parts, size, width);
+            if (PAIRS && s.Q % 2) {
+                NotFinite<S> found;
+                for (int64_t at = 0; at < size; at += VL<S>) found.see(load(sums + at));
+                if (found.any()) return false;
+            }
+            write(g, sums, size, width, s.O1 * width, 1, dweight);
+        }
+        return true;
     }
 
     // Images are small: a tap meets all of them at a few places, whose sums are taken at once and go to dweight from the L1 cache.
@@ -208,7 +223,7 @@ template <class T, Memory MEMORY> struct WeightGradient {
                 S *sums = data<S>(memory) + (g * parts + part) * size, *met = scratch<S, GATHERED>(height * s.Q * width + VL<S>);
                 mine.from = x.group(g), mine.fill(n, i0), mine.gather(offset, height, s.Q, width, met);
                 if (by_k) slide_back_by_k<Micro>(met, width, K, height * s.Q, dz.group(g), n, i0, sums, !first);
-                else slide_back<Micro>(met, {0}, place.data(), height * s.Q, width, dz.group(g), 0, s.O1, n, i0, sums, !first);
+                else slide_back<Micro>(met, {0}, place.data(), height, s.Q, width, dz.group(g), 0, s.O1, n, i0, sums, !first);
             };
         });
         for (int64_t g = 0; g < s.groups; g++)
