@@ -62,9 +62,9 @@ then
 fi
 grep -q heap-buffer-overflow seen || { cat seen && exit 2; }
 
-# An error ends the process. What Python and torch never free is no leak of ours, and what does not fit into memory is torch's to refuse.
+# An error ends the process, and its text must not wait in pytest's buffer. What Python and torch never free is no leak of ours, and what does not fit into memory is torch's to refuse.
 # Pages that fault and the C library's heap check are left out: they find the same, and want the place of the sanitizer.
 [ $# -gt 0 ] || set -- tests/test_{bad_input,memory_safety,raw_ops,conv2d,conv_transpose2d,pooling,fusion,ops}.py
 without=(the_guard_page_is_there arguments_between_guard_pages spoiled_arguments_between_guard_pages the_heap_check_is_there
     no_write_behind_an_output)
-"$PYTHON" -m pytest -q -p no:cacheprovider --timeout 3000 "${without[@]/#/--deselect=tests/test_memory_safety.py::test_}" "$@"
+"$PYTHON" -m pytest -q --capture=sys -p no:cacheprovider --timeout 3000 "${without[@]/#/--deselect=tests/test_memory_safety.py::test_}" "$@"

@@ -68,7 +68,7 @@ template <class T> struct Decoder {
         Rows<T> keys = a.key.at(q.b, unit.g, q.s), values = a.value.at(q.b, unit.g, q.s);
         T* queries = scratch<T, QUERY_ROWS>(std::max<int64_t>(1, M * a.D));
         for (int64_t r = 0; r < M; r++)
-            memcpy(queries + r * a.D, a.query.at(q.b, unit.g * group + r / q.L, q.l + r % q.L).p, a.D * sizeof(T));
+            std::copy_n(a.query.at(q.b, unit.g * group + r / q.L, q.l + r % q.L).p, a.D, queries + r * a.D);
         C *z = scratch<C, SCORES>(M * SLICE), *mine = &sums[unit.row * width];
         std::fill_n(&top[unit.row], M, -INF<C>), std::fill_n(&total[unit.row], M, C(0)), std::fill_n(mine, M * width, C(0));
         for (int64_t s = begin; s < end; s += SLICE) {

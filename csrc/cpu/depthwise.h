@@ -128,6 +128,7 @@ template <class T, Memory MEMORY> struct Depthwise {
         int64_t last = inside < 0 ? 0 : std::min(w.places, inside / w.step + 1), whole = channels / L * L;
         if (w.apart > 1 || last - first < TOGETHER) first = last = w.places, whole = 0;
         int64_t below = std::min(h.size - 1, (row % h.places) * h.step - h.before + (h.taps - 1) * h.dilation);
+        bool three_side_by_side = w.taps == 3 && w.step == 1 && w.dilation == 1;
         const T* bottom = x + ((row / h.places * h.size + below) * w.size - w.before + span) * channels;
         for (int64_t l = first; l < last; l += TOGETHER)
             for (int64_t c = 0; c < whole; c += L) {
@@ -135,7 +136,9 @@ template <class T, Memory MEMORY> struct Depthwise {
                     __builtin_prefetch(bottom + (l + TOGETHER + v) * w.step * channels + c, 0, 3);
                     __builtin_prefetch(y + (row * w.places + l + TOGETHER + v) * channels + c, 1, 3);
                 }
-                convolve_pixels<true>(x, filter, met, row, std::min(l, last - TOGETHER), TOGETHER, c, put);
+                int64_t at = std::min(l, last - TOGETHER);
+                if (three_side_by_side) convolve_pixels<true, 3>(x, filter, met, row, at, TOGETHER, c, put);
+                else convolve_pixels<true>(x, filter, met, row, at, TOGETHER, c, put);
             }
         auto some = [&](int64_t begin, int64_t end, int64_t c0) {
             for (int64_t l = begin; l < end; l += TOGETHER)
@@ -145,7 +148,8 @@ template <class T, Memory MEMORY> struct Depthwise {
         some(0, first, 0), some(first, last, whole), some(last, w.places, 0);
     }
     // `count` places of a row. WHOLE: TOGETHER, all that their taps meet lies inside the image, and there is a whole vector of channels.
-    template <bool WHOLE, class Put>
+    // SIDE taps, if not 0, meet pixels side by side, as neighbouring places do: each pixel is loaded once for all of them.
+    template <bool WHOLE, int SIDE = 0, class Put>
     INLINE void convolve_pixels(const T* x, const C* filter, const int64_t* met, int64_t row, int64_t l, int count, int64_t c,
                                 const Put& put) const {
         int64_t n = row / h.places, i = row % h.places, apart = w.step * channels;
@@ -156,6 +160,18 @@ template <class T, Memory MEMORY> struct Depthwise {
             if (y < 0) continue;
             const T* from = x + (n * h.size + y) * w.size * channels + c;
             const T* at = from + (l * w.step - w.before) * channels;
+            if constexpr (SIDE > 0) {
+                V weight[SIDE];
+                for (int s = 0; s < SIDE; s++) weight[s] = load(filter + (r * SIDE + s) * channels + c);
+#pragma GCC unroll 16
+                for (int u = 0; u < TOGETHER + SIDE - 1; u++) {
+                    V pixel = load(at + u * channels);
+#pragma GCC unroll 4
+                    for (int s = 0; s < SIDE; s++)
+                        if (u >= s && u - s < TOGETHER) acc[u - s] += weight[s] * pixel;
+                }
+                continue;
+            }
             for (int64_t s = 0; s < w.taps; s++, at += w.dilation * channels) {
                 V weight = load(filter + (r * w.taps + s) * channels + c, lanes);
 #pragma GCC unroll 8
