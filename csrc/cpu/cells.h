@@ -1,7 +1,7 @@
 // What a recurrent cell does with one vector of units, forward and backward: the formulas of dlkernels/ops/recurrent.py.
 //
 //   forward    a = W_ih x + biases, s = W_hh h' of every gate; state is what goes from step to step beside h: c of an LSTM, h itself of a
-//              GRU, whose b_hn is given apart. Makes h, the new state, and what the backward needs.
+//              GRU, whose b_hn is given apart. Makes the new state and what the backward needs; output makes h of them.
 //   backward   dh is the gradient of h, carry what flows along the state beside W_hh: dc of an LSTM, dh z of a GRU. Makes da, the gradient
 //              of a, and the new carry; ds is that of s for the last gate, which alone differs from da, in a GRU.
 #pragma once
@@ -26,11 +26,10 @@ template <class C> struct Lstm {
     static constexpr int GATES = 4, KEPT = 4;
     static constexpr bool HAS_CELL = true, HAS_STATE = true, SPLIT = false;  // SPLIT: the last gate's s is not simply added to its a
 
-    static INLINE V forward(const V* a, const V* s, V, V& c, V* kept) {
+    static INLINE void forward(const V* a, const V* s, V, V& c, V* kept) {
         V i = gate<C>(a[0] + s[0]), f = gate<C>(a[1] + s[1]), g = squash<C>(a[2] + s[2]), o = gate<C>(a[3] + s[3]);
         kept[0] = i, kept[1] = f, kept[2] = g, kept[3] = o;
         c = f * c + i * g;
-        return output(kept, c);
     }
     static INLINE V output(const V* kept, V c) { return kept[3] * squash<C>(c); }
     // before and after: c' and c
@@ -50,11 +49,12 @@ template <class C> struct Gru {
     static constexpr int GATES = 3, KEPT = 4;
     static constexpr bool HAS_CELL = false, HAS_STATE = true, SPLIT = true;
 
-    static INLINE V forward(const V* a, const V* s, V b_hn, V& h, V* kept) {
+    static INLINE void forward(const V* a, const V* s, V b_hn, V& h, V* kept) {
         V r = gate<C>(a[0] + s[0]), z = gate<C>(a[1] + s[1]), sn = s[2] + b_hn, n = squash<C>(a[2] + r * sn);
         kept[0] = r, kept[1] = z, kept[2] = n, kept[3] = sn;
-        return h = n + z * (h - n);
+        h = n + z * (h - n);
     }
+    static INLINE V output(const V*, V h) { return h; }
     // before: h'
     static INLINE void backward(const V* kept, V before, V, V dh, V& carry, V* da, V& ds) {
         V r = kept[0], z = kept[1], n = kept[2], sn = kept[3];
@@ -71,11 +71,12 @@ template <class C, bool RELU> struct Rnn {
     static constexpr int GATES = 1, KEPT = 0;
     static constexpr bool HAS_CELL = false, HAS_STATE = false, SPLIT = false;
 
-    static INLINE V forward(const V* a, const V* s, V, V&, V*) {
+    static INLINE void forward(const V* a, const V* s, V, V& h, V*) {
         V v = a[0] + s[0];
-        if constexpr (RELU) return v <= 0 ? V{} : v;  // a NaN stays one
-        else return squash<C>(v);
+        if constexpr (RELU) h = v <= 0 ? V{} : v;  // a NaN stays one
+        else h = squash<C>(v);
     }
+    static INLINE V output(const V*, V h) { return h; }
     // after: h
     static INLINE void backward(const V*, V, V after, V dh, V&, V* da, V&) {
         if constexpr (RELU) da[0] = after <= 0 ? V{} : dh;

@@ -111,20 +111,33 @@ template <class T, class Cell> struct Forward {
             bool last = tokens.beside(t, b, d == 0) < 0;
             const C* a_n = input[d] + (n - first[d]) * G * H;
             Output out = carried.W ? Output{nullptr, nullptr, carried.inner_row(s, j)} : output(s, t, p, j, last);
-            for (int64_t u = u0; u < u1; u += VL<C>) {
-                int lanes = std::min<int64_t>(VL<C>, u1 - u);
-                V a[G], s_[G], kept[KEPT + 1], state{};
-                for (int g = 0; g < G; g++) a[g] = load(a_n + g * H + u, lanes), s_[g] = sums.at(j, g, u - u0, lanes);
-                if constexpr (Cell::HAS_STATE) state = load(carried.state_of(s, j) + u);
-                V h = Cell::forward(a, s_, Cell::SPLIT && b_hn[d] ? load(b_hn[d] + u, lanes) : V{}, state, kept);
-                out.put(u, h, lanes);
-                if constexpr (Cell::HAS_STATE) store(carried.state_of(s, j) + u, state);
-                if (to.gates)
-                    for (int g = 0; g < KEPT; g++) store(to.gates + place * KEPT + g * H + u, kept[g], lanes);
-                if (to.cells) store(to.cells + place + u, state, lanes);
-                if constexpr (Cell::HAS_CELL)
-                    if (last) store(to.cn + end + u, state, lanes);
-            }
+            // Two vectors at a time: while the last formulas of one wait for those before them, there is the other to compute.
+            auto vectors = [&](int64_t u, int lanes, auto count) INLINE {
+                constexpr int MANY = count;
+                V kept[MANY][KEPT + 1], state[MANY] = {};
+#pragma GCC unroll 2
+                for (int v = 0; v < MANY; v++) {
+                    int64_t at = u + v * VL<C>;
+                    V a[G], s_[G];
+                    for (int g = 0; g < G; g++) a[g] = load(a_n + g * H + at, lanes), s_[g] = sums.at(j, g, at - u0, lanes);
+                    if constexpr (Cell::HAS_STATE) state[v] = load(carried.state_of(s, j) + at);
+                    Cell::forward(a, s_, Cell::SPLIT && b_hn[d] ? load(b_hn[d] + at, lanes) : V{}, state[v], kept[v]);
+                }
+#pragma GCC unroll 2
+                for (int v = 0; v < MANY; v++) {
+                    int64_t at = u + v * VL<C>;
+                    out.put(at, Cell::output(kept[v], state[v]), lanes);
+                    if constexpr (Cell::HAS_STATE) store(carried.state_of(s, j) + at, state[v]);
+                    if (to.gates)
+                        for (int g = 0; g < KEPT; g++) store(to.gates + place * KEPT + g * H + at, kept[v][g], lanes);
+                    if (to.cells) store(to.cells + place + at, state[v], lanes);
+                    if constexpr (Cell::HAS_CELL)
+                        if (last) store(to.cn + end + at, state[v], lanes);
+                }
+            };
+            int64_t u = u0;
+            for (; u + 2 * VL<C> <= u1; u += 2 * VL<C>) vectors(u, VL<C>, std::integral_constant<int, 2>{});
+            for (; u < u1; u += VL<C>) vectors(u, int(std::min<int64_t>(VL<C>, u1 - u)), std::integral_constant<int, 1>{});
         }
     }
     // With a projection: h from u0 to u1 of the first rows, which `sums` are.
