@@ -156,7 +156,7 @@ template <class Micro> struct Gemm {
             }
     }
 
-    // A tile takes as long as its lines of the result take to come.
+    // The lines of the result that a tile will be written to, on their way while it is computed.
     void fetch(const Tile<Sum>& at) const {
         for (int i = 0; i < at.rows; i++) {
             const char* row = static_cast<const char*>(out) + ((at.m + i) * N + at.n) * out_size;
