@@ -110,19 +110,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> qkv_projectio
                 b.heads.push_back({data<const T>(t) + h * t.stride(1), t.stride(0), t.stride(2), i < 2 && s.P, sums});
             }
         }
-        Tensor dz = empty(x, {s.M(), b.N()});
-        b.dz = data<T>(dz);
+        const int64_t size = s.M() * b.N();
+        const bool large = size * int64_t(sizeof(T)) >= Pool::SMALLEST;  // as memory that is used again, either way
+        Tensor dz = large ? empty(x, {s.M(), b.N()}) : Tensor();
+        b.dz = large ? data<T>(dz) : scratch<T, 6>(size);
         if (b.N()) b.form_dz();
         if (s.K && s.M() && need[0]) b.input_gradient(stack, data<T>(dx));
-        auto row = [&](int64_t n) {
-            int i = stack.part_of(n);
-            return data<T>(dweight[i]) + (n - stack.begin[i]) * s.K;
-        };
         if (!s.K) return;
-        if (each && b.N()) return b.weight_gradient(rows_of<T>(xs), 0, b.N(), row);
+        const std::array to{data<T>(dweight[0]), data<T>(dweight[1]), data<T>(dweight[2])};
+        if (each && b.N()) return b.weight_gradient(rows_of<T>(xs), 0, b.N(), stack, to);
         for (int i = 0; i < PARTS; i++)
             if (int64_t n0 = stack.begin[i], rows = stack.begin[i + 1] - n0; rows && dweight[i].defined())
-                b.weight_gradient(rows_of<T>(xs), n0, rows, [&](int64_t n) { return row(n0 + n); });
+                b.weight_gradient(rows_of<T>(xs), n0, rows, stack, to);
     });
     return {dx, dweight[0], dweight[1], dweight[2], dbias[0], dbias[1], dbias[2]};
 }

@@ -215,11 +215,16 @@ template <class T> struct Backward {
         multiply_columns<T>(M, K, N(), A, B, true, dx, [=, this](const auto& t) { store_tile(t, dx, K); });
     }
 
-    // Of the columns of dz from n0 on; row n of the product is row(n) of the result.
-    template <class Row> void weight_gradient(Matrix<T> x, int64_t n0, int64_t rows, const Row& row) const {
-        Matrix<T> part{dz + n0, N(), 1};
-        multiply<T>(rows, K, M, reader<E>(part.transposed()), reader<E>(x.transposed()), static_cast<C*>(nullptr), [&](const auto& t) {
-            for (int i = 0; i < t.rows; i++) store_tile(Tile{t.p + i * t.ld, t.ld, 0, t.n, 1, t.columns}, row(t.m + i), K);
+    // Of the columns of dz from n0 on, a row of the weights each; `to` has a matrix for every part of them.
+    void weight_gradient(Matrix<T> x, int64_t n0, int64_t rows, const Stack<T>& weights, std::array<T*, PARTS> to) const {
+        Matrix<T> slopes{dz + n0, N(), 1};
+        multiply<T>(rows, K, M, reader<E>(slopes.transposed()), reader<E>(x.transposed()), static_cast<C*>(nullptr), [=, this](auto t) {
+            const int64_t end = t.m + t.rows;
+            for (; t.m < end; t.m += t.rows, t.p += t.rows * t.ld) {  // parts may meet within a tile
+                int part = weights.part_of(n0 + t.m);
+                t.rows = int(std::min(end, weights.begin[part + 1] - n0) - t.m);
+                store_tile(t, to[part] + (n0 - weights.begin[part]) * K, K);
+            }
         });
     }
 };
