@@ -4,10 +4,10 @@
 
                         depth                       pairs       pairs
     x     rows   [BM, BK], read once          Wᵀ  [BK, BP]    [BK, BP]     W's rows of the first numbers, and of the second
-    z                                             [BM, BP]    [BM, BP]     turned: u = a c - b s, v = b c + a s, and stored where they belong
+    z                                             [BM, BP]    [BM, BP]     turned: u = a c - b s, v = b c + a s, stored where they belong
 
-* **Partners meet in one thread**: which rows of W an accumulator multiplies is a list of numbers, so halves and interleaved pairs differ in that
-  list alone, and nothing is shuffled. What of a head is not turned fills up both lists, with c = 1 and s = 0; so do all heads of v.
+* **Partners meet in one thread**: which rows of W an accumulator multiplies is a list of numbers, so halves and interleaved pairs differ in
+  that list alone, and nothing is shuffled. What of a head is not turned fills up both lists, with c = 1 and s = 0; so do all heads of v.
 * The heads of q, k and v are numbered one after the other, and a program picks weight and result by its head's number.
 * Backward: rope's kernel turns the gradients back into dz [M, N], side by side, and linear's two products read that.
 """
@@ -104,7 +104,7 @@ def tile(kind: str, M: int, heads: int, D: int, K: int, device: Device) -> Confi
     pairs = min(pairs, max(16, triton.next_power_of_2((D + 1) // 2)))
     while pairs > 16 and ceil_div(M, rows) * heads * ceil_div((D + 1) // 2, pairs) < device.processors:
         pairs //= 2
-    warps = 8 if rows * pairs >= 128 * 64 else 4
+    warps = 8 if rows * pairs >= 128 * 32 else 4
     for depth in (128 // BYTES[kind], 64 // BYTES[kind]):
         stages = min(4, (device.shared - 1024) // ((rows + 2 * pairs) * depth * BYTES[kind]))
         if stages >= 2:
@@ -117,7 +117,7 @@ def forward(
     cos: Tensor | None, sin: Tensor | None, head_dim: int, interleaved: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Launcher of ``qkv_projection_forward``; shapes and errors as the op's contract says."""
-    weights, biases, D = (q_weight, k_weight, v_weight), [q_bias, k_bias, v_bias], head_dim
+    weights, biases, D = [q_weight, k_weight, v_weight], [q_bias, k_bias, v_bias], head_dim
     H, G = _check(x, weights, cos, sin, D)
     (B, T, K), M = x.shape, x.shape[0] * x.shape[1]
     for name, bias, weight in zip(("q_bias", "k_bias", "v_bias"), biases, weights):
@@ -129,7 +129,7 @@ def forward(
     if M * (H + G):
         mode, rows = precision(x.dtype), x.reshape(M, K)
         if any(w.stride() != (K, 1) for w in weights):
-            weights = tuple(w.contiguous() for w in weights)
+            weights = [w.contiguous() for w in weights]
         P, places = (0, 1) if cos is None or sin is None else (cos.shape[2], cos.shape[0] * cos.shape[1])
         cos, sin = (None, None) if cos is None or sin is None or P == 0 else (cos.contiguous(), sin.contiguous())
         c = tile(kind_of(x.dtype, mode), M, H + 2 * G, D, K, device_of(x))
@@ -165,7 +165,7 @@ def backward(
         begin += size
     weight = torch.cat([weights[i] for i in there]) if there else q_weight[:0]
     wanted = need[0], any(need[1 + i] for i in there), any(need[4 + i] for i in there)
-    dx, dweight, dbias = linear.backward(dz.view(M, -1) if M else dz.new_empty(0, sum(sizes)), x.reshape(M, K), weight, None, 0, 0.0, *wanted)
+    dx, dweight, dbias = linear.backward(dz.view(M, sum(sizes)), x.reshape(M, K), weight, None, 0, 0.0, *wanted)
     found: list[Tensor | None] = [None if dx is None else dx.view(B, T, K), *[None] * 6]
     for first, whole in ((1, dweight), (4, dbias)):
         for i, part in zip(there, () if whole is None else whole.split(sizes)):

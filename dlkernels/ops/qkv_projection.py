@@ -25,7 +25,6 @@ from torch import Tensor
 
 from ..backend import apply_function
 from ..contract import (
-    Optionals,
     autocast_dtype,
     in_autocast,
     is_spread,
@@ -52,7 +51,8 @@ class _QKVProjection(torch.autograd.Function):
         x: Tensor, q_weight: Tensor, k_weight: Tensor, v_weight: Tensor, q_bias: Tensor | None, k_bias: Tensor | None,
         v_bias: Tensor | None, cos: Tensor | None, sin: Tensor | None, head_dim: int, interleaved: bool,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        return _forward(x, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, cos, sin, head_dim, interleaved)  # type: ignore[no-any-return]
+        qkv: tuple[Tensor, ...] = _forward(x, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, cos, sin, head_dim, interleaved)
+        return qkv
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -73,13 +73,13 @@ class _QKVProjection(torch.autograd.Function):
         return *_backward(*dys, *tensors[:4], *tensors[7:], *options, need), None, None, None, None
 
 
-def _by_parts(project: Callable[..., Tensor], turn: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+def _by_parts(project: Callable[..., Tensor], turn: Callable[..., Tensor]) -> Callable[..., Three]:
     """The definition: three calls of ``project``, a linear, and two of ``turn``, a rope."""
 
     def qkv(
         x: Tensor, q_weight: Tensor, k_weight: Tensor, v_weight: Tensor, q_bias: Tensor | None, k_bias: Tensor | None,
         v_bias: Tensor | None, cos: Any, sin: Any, head_dim: int, interleaved: bool,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
+    ) -> Three:  # fmt: skip
         parts = (q_weight, q_bias), (k_weight, k_bias), (v_weight, v_bias)
         q, k, v = (project(x, w, b).unflatten(-1, (w.shape[0] // head_dim, head_dim)).transpose(-3, -2) for w, b in parts)
         return (q, k, v) if cos is None else (turn(q, cos, sin, interleaved), turn(k, cos, sin, interleaved), v)
@@ -90,21 +90,16 @@ def _by_parts(project: Callable[..., Tensor], turn: Callable[..., Tensor]) -> Ca
 _reference = _by_parts(F.linear, _rope._reference)
 
 
-def _unsupported(
-    input: Tensor, q_weight: Tensor, k_weight: Tensor, v_weight: Tensor, q_bias: Tensor | None = None, k_bias: Tensor | None = None,
-    v_bias: Tensor | None = None, head_dim: int = 1, cos: Tensor | None = None, sin: Tensor | None = None,
-) -> str | None:  # fmt: skip
+def _unsupported(input: Tensor, weights: Any, biases: Any, cos: Tensor | None, sin: Tensor | None) -> str | None:
     """Why the definition in PyTorch's own operations runs, or None where a kernel does. On the path of every call."""
-    reason = unsupported(
-        ("input", input), ("q_weight", q_weight), ("k_weight", k_weight), ("v_weight", v_weight),
-        optional=(("q_bias", q_bias), ("k_bias", k_bias), ("v_bias", v_bias), ("cos", cos), ("sin", sin)),
-    )  # fmt: skip
+    optional = (*zip(NAMES[1], biases), ("cos", cos), ("sin", sin))
+    reason = unsupported(("input", input), *zip(NAMES[0], weights), optional=optional)
     if reason is None and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (cos, sin)):
         return "cos or sin requires grad; kernels have no gradient of the angles"
     return reason
 
 
-def _misfit(input: Tensor, weights: Three, biases: Optionals, D: Any, cos: Tensor | None, sin: Tensor | None) -> str | None:
+def _misfit(input: Tensor, weights: Any, biases: Any, D: Any, cos: Tensor | None, sin: Tensor | None) -> str | None:
     """What does not fit, or None."""
     shape = input.shape
     if not isinstance(D, int) or D < 1:
@@ -145,25 +140,24 @@ def qkv_projection(
         interleaved: pairs are neighbours, 2p and 2p + 1, instead of p and p + P.
 
     Returns:
-        q ``(*, H, T, head_dim)``, k and v ``(*, G, T, head_dim)``, which lie as ``(*, T, heads, head_dim)``; in the dtype of ``input``, under
-        autocast in its dtype.
+        q ``(*, H, T, head_dim)``, k and v ``(*, G, T, head_dim)``, which lie as ``(*, T, heads, head_dim)``; in the dtype of ``input``,
+        under autocast in its dtype.
 
     Raises:
         RuntimeError: shapes or dtypes do not fit. TypeError: an argument is not a tensor.
     """
     weights, biases = (q_weight, k_weight, v_weight), (q_bias, k_bias, v_bias)
-    reason = _unsupported(input, *weights, *biases, head_dim, cos, sin)
+    reason = _unsupported(input, weights, biases, cos, sin)
     if reason is not None:
-        require_tensors(
-            ("input", input), *zip(NAMES[0], weights), optional=(*zip(NAMES[1], biases), ("cos", cos), ("sin", sin))
-        )  # fmt: skip
+        optional = (*zip(NAMES[1], biases), ("cos", cos), ("sin", sin))
+        require_tensors(("input", input), *zip(NAMES[0], weights), optional=optional)
     misfit = _misfit(input, weights, biases, head_dim, cos, sin)
     if misfit is not None:
         raise RuntimeError(f"qkv_projection: {misfit}")
     if reason is not None:
         arguments = (input, *weights, *biases, cos, sin, head_dim, interleaved)
-        found = on_shards("qkv_projection", *arguments) if is_spread(*arguments) else _reference(*arguments)
-        return found  # type: ignore[return-value,no-any-return]
+        found: Three = on_shards("qkv_projection", *arguments) if is_spread(*arguments) else _reference(*arguments)
+        return found
     tensors: Any = (input, *weights, *biases)
     dtype = autocast_dtype(input)
     if dtype is not None:
@@ -174,8 +168,10 @@ def qkv_projection(
         wide = statistics_dtype(x)
         cos, sin = _rope._table_in_three(cos.to(wide), lead), _rope._table_in_three(sin.to(wide), lead)
     call = (x, *tensors[1:], cos, sin, head_dim, interleaved)
-    qkv = apply_function(_QKVProjection, *call) if needs_grad(*call[:7]) else _forward(*call)
-    return qkv if len(lead) == 1 else tuple(t.reshape(*lead, *t.shape[1:]) for t in qkv)  # type: ignore[return-value,no-any-return]
+    q, k, v = apply_function(_QKVProjection, *call) if needs_grad(*call[:7]) else _forward(*call)
+    if len(lead) != 1:
+        q, k, v = (t.reshape(*lead, *t.shape[1:]) for t in (q, k, v))
+    return q, k, v
 
 
 def _tables(x: Tensor, D: int, P: int | None, each: bool, turned: bool) -> dict[str, Any]:
@@ -210,10 +206,9 @@ def _native(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 def _supports(x: Tensor, *args: Any) -> str | None:
     *parameters, D, P, each, turned, _ = args
-    tables = _tables(x, D, P, each, turned)
-    return _unsupported(x, *parameters, D, **tables) or _misfit(
-        x, parameters[:3], parameters[3:], D, tables.get("cos"), tables.get("sin")
-    )  # fmt: skip
+    cos, sin = _tables(x, D, P, each, turned).values() if turned else (None, None)
+    weights, biases = parameters[:3], parameters[3:]
+    return _unsupported(x, weights, biases, cos, sin) or _misfit(x, weights, biases, D, cos, sin)
 
 
 def _make(
