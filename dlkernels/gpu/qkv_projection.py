@@ -22,13 +22,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..contract import statistics_dtype
+from ..ops.qkv_projection_raw import NAMES, empty_result
 from . import linear
 from .config import BYTES, Config, bucket, ceil_div, kind_of
 from .launch import Device, check_tensor, device_of, launch, precision
 from .matmul import offsets, wrapped
 from .rope import run as run_rope
-
-NAMES = ("q_weight", "k_weight", "v_weight")
 
 
 @triton.jit
@@ -49,7 +48,7 @@ def qkv_projection_forward(
     x, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, cos, sin, q, k, v, M, K, H, G, D, P, places, x_m, x_k, w_n,
     COLUMNS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Rows BM program_0 .. of head and block of pairs program_1. q, k, v [M, heads, D] are contiguous, as rows of the weights; row m of x
+    """Rows BM program_0 .. of head and block of pairs program_1. q, k, v lie as [M, heads, D], as rows of the product; row m of x
     has row m % places of cos and sin; cos and sin, or the biases, may be None."""
     ACC: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     blocks = tl.cdiv((D + 1) // 2, BP)
@@ -120,12 +119,12 @@ def forward(
     weights, biases, D = [q_weight, k_weight, v_weight], [q_bias, k_bias, v_bias], head_dim
     H, G = _check(x, weights, cos, sin, D)
     (B, T, K), M = x.shape, x.shape[0] * x.shape[1]
-    for name, bias, weight in zip(("q_bias", "k_bias", "v_bias"), biases, weights):
+    for name, bias, weight in zip(NAMES[1], biases, weights):
         if bias is not None:
             check_tensor(name, bias, x, (len(weight),))
     if any(bias is not None for bias in biases):
         biases = [w.new_zeros(len(w)) if bias is None else bias.contiguous() for w, bias in zip(weights, biases)]
-    q, k, v = (x.new_empty((B, T, heads, D)) for heads in (H, G, G))
+    q, k, v = (empty_result(x, B, heads, T, D) for heads in (H, G, G))
     if M * (H + G):
         mode, rows = precision(x.dtype), x.reshape(M, K)
         if any(w.stride() != (K, 1) for w in weights):
@@ -138,7 +137,7 @@ def forward(
             sin, q, k, v, M, K, H, G, D, P, places, *rows.stride(), K, COLUMNS=interleaved_pairs if interleaved else halves, PRECISION=mode,
             BM=c.rows, BP=c.cols // 2, BK=c.depth, EVEN=K % c.depth == 0, warps=c.warps, stages=c.stages,
         )  # fmt: skip
-    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return q, k, v
 
 
 def backward(
@@ -179,7 +178,7 @@ def _check(x: Tensor, weights: Sequence[Tensor], cos: Tensor | None, sin: Tensor
         raise RuntimeError(f"x must be (B, T, C) and head_dim positive, got {tuple(x.shape)} and {D}")
     B, T, C = x.shape
     check_tensor("x", x, x, (B, T, C))
-    for name, weight in zip(NAMES, weights):
+    for name, weight in zip(NAMES[0], weights):
         rows = weight.shape[0] if weight.dim() and weight.shape[0] % D == 0 else D
         check_tensor(name, weight, x, (len(weights[1]) if name == "v_weight" else rows, C))
     if (cos is None) != (sin is None):

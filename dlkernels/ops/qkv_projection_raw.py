@@ -14,6 +14,12 @@ NAMES = ("q_weight", "k_weight", "v_weight"), ("q_bias", "k_bias", "v_bias")
 Three = tuple[Tensor, Tensor, Tensor]
 
 
+def empty_result(x: Tensor, B: int, heads: int, T: int, D: int) -> Tensor:
+    """An empty [B, heads, T, D] that lies as [B, T, heads, D], and is no view: several of those could not be changed in place."""
+    place, sequence = max(heads, 1) * D, max(T, 1) * max(heads, 1) * D
+    return x.new_empty_strided((B, heads, T, D), (sequence, D, place, 1))
+
+
 def _check(x: Tensor, weights: Three, cos: Tensor | None, sin: Tensor | None, D: int) -> tuple[tuple[int, ...], ...]:
     """What the kernels check, while a graph is traced; the shapes of q, k and v."""
     torch._check(x.dim() == 3 and D > 0, lambda: f"x must have 3 dimensions and head_dim be positive, got {x.dim()} and {D}")
@@ -38,7 +44,7 @@ def _forward_fake(
     shapes = _check(x, (q_weight, k_weight, v_weight), cos, sin, head_dim)
     biases = zip(NAMES[1], (q_bias, k_bias, v_bias), shapes)
     check_traced(x, **{name: (bias, (heads * head_dim,)) for name, bias, (_, heads, _, _) in biases})
-    return tuple(x.new_empty((B, T, heads, D)).transpose(1, 2) for B, heads, T, D in shapes)
+    return tuple(empty_result(x, *shape) for shape in shapes)
 
 
 def _backward_fake(
