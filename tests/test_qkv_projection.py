@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -163,6 +166,36 @@ def test_what_is_no_tensor() -> None:
         F.qkv_projection(torch.ones(T, C), torch.ones(D, C), [1.0], torch.ones(D, C), head_dim=D)
     with pytest.raises(TypeError, match="sin must be a Tensor, got float"):
         F.qkv_projection(torch.ones(T, C), *parameters(), head_dim=D, cos=torch.ones(T, 3), sin=1.0)
+
+
+SIZES = [(1024, 2048, 32, 8, 64), (1, 2048, 32, 8, 64), (512, 1000, 3, 1, 128), (4096, 384, 6, 6, 48), (40, 4096, 32, 32, 256)]
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter leaves nothing to compile")
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_gpu_kernels_compile(target: str, dtype: torch.dtype) -> None:
+    """Nothing spills, half types are multiplied by tensor cores, and no address is formed from a 32-bit vector."""
+    pytest.importorskip("triton")
+    from dlkernels.gpu import aot
+    from dlkernels.gpu import qkv_projection as kernels
+
+    for rows, C, H, G, D in SIZES if dtype == torch.bfloat16 else SIZES[:2]:
+        x, q, k, q_bias, k_bias = (
+            torch.empty(shape, dtype=dtype, device="meta") for shape in ((1, rows, C), (H * D, C), (G * D, C), (H * D,), (G * D,))
+        )
+        table = torch.empty(1, rows, D // 2, dtype=torch.promote_types(dtype, torch.float32), device="meta")
+        calls = (
+            partial(kernels.forward, x, q, k, k, q_bias, k_bias, k_bias, table, table, D, True),
+            partial(kernels.forward, x, q, k, k, None, None, None, table, table, D, False),
+            partial(kernels.forward, x, q, k, k, None, None, None, None, None, D, False),
+        )
+        for launch in (launch for call in calls for launch in aot.record(call, target)):
+            compiled = aot.compile_launch(launch, target)
+            assert compiled.spilled == 0 and compiled.shared <= aot.TARGETS[target].device.shared, compiled
+            assert compiled.mma or dtype != torch.bfloat16, compiled
+            vectors = re.findall(r"tt\.addptr .*: tensor<[\dx]+!tt\.ptr<\w+>>, tensor<[\dx]*x(i\d+)>", compiled.text("ttir"))
+            assert vectors and set(vectors) == {"i64"}, compiled
 
 
 def test_attention_projects_at_once_unless_someone_looks() -> None:

@@ -60,7 +60,7 @@ def qkv_projection_forward(
         weight, bias, out = k_weight, k_bias, k
     heads = tl.where(head < H, H, G)
     inner = tl.where(head < H, head, tl.where(head < H + G, head - H, head - H - G)).to(tl.int64)
-    p = tl.program_id(1) % blocks * BP + tl.arange(0, BP)
+    p = (tl.program_id(1) % blocks * BP + tl.arange(0, BP)).to(tl.int64)
     first, second = COLUMNS(p, P, D)
     a_row, b_row = inner * D + tl.minimum(first, D - 1), inner * D + tl.minimum(second, D - 1)
     start = tl.program_id(0).to(tl.int64) * BM
@@ -97,13 +97,14 @@ def qkv_projection_forward(
 
 
 def tile(kind: str, M: int, heads: int, D: int, K: int, device: Device) -> Config:
-    """The tile of a program; ``cols`` are numbers of a head, twice the pairs. Few rows are read by many programs, for the weights' sake."""
-    rows, pairs = {"half": (128, 64), "tf32": (128, 32), "float": (64, 32), "double": (32, 32)}[kind]
-    rows = min(rows, bucket(M))
+    """The tile of a program; ``cols`` are numbers of a head, twice the pairs. Tiles shrink until every processor has one."""
+    rows, pairs = {"half": (128, 64), "tf32": (128, 32), "float": (64, 32), "double": (32, 16)}[kind]
+    fewest = 32 if kind == "double" else 16
+    rows = max(fewest, min(rows, bucket(M)))
     pairs = min(pairs, max(16, triton.next_power_of_2((D + 1) // 2)))
-    while pairs > 16 and ceil_div(M, rows) * heads * ceil_div((D + 1) // 2, pairs) < device.processors:
-        pairs //= 2
-    warps = 8 if rows * pairs >= 128 * 32 else 4
+    while (rows > fewest or pairs > 16) and ceil_div(M, rows) * heads * ceil_div((D + 1) // 2, pairs) < device.processors:
+        rows, pairs = (rows, pairs // 2) if pairs > 16 and (2 * pairs >= rows or rows == fewest) else (rows // 2, pairs)
+    warps = 8 if rows == 128 and device.lanes == 32 else 4
     for depth in (128 // BYTES[kind], 64 // BYTES[kind]):
         stages = min(4, (device.shared - 1024) // ((rows + 2 * pairs) * depth * BYTES[kind]))
         if stages >= 2:
