@@ -104,7 +104,7 @@ def tile(kind: str, M: int, heads: int, D: int, K: int, device: Device) -> Confi
     pairs = min(pairs, max(16, triton.next_power_of_2((D + 1) // 2)))
     while (rows > fewest or pairs > 16) and ceil_div(M, rows) * heads * ceil_div((D + 1) // 2, pairs) < device.processors:
         rows, pairs = (rows, pairs // 2) if pairs > 16 and (2 * pairs >= rows or rows == fewest) else (rows // 2, pairs)
-    warps = 8 if rows == 128 and device.lanes == 32 else 4
+    warps = 8 if (rows == 128 or kind == "double") and device.lanes == 32 else 4
     for depth in (128 // BYTES[kind], 64 // BYTES[kind]):
         stages = min(4, (device.shared - 1024) // ((rows + 2 * pairs) * depth * BYTES[kind]))
         if stages >= 2:
