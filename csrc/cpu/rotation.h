@@ -49,17 +49,22 @@ struct Rotation {
     }
     // One row; cos and sin are of its position.
     template <class From, class To, class C> void row(const From* x, To* y, const C* cos, const C* sin) const {
-        const C sign = inverse ? -1 : 1;
-        for (int64_t p = 0; p < P; p += VL<C>) {
-            int n = int(std::min<int64_t>(VL<C>, P - p));
-            put(get<C>(x, p, n).turned(load(cos + p, n), load(sin + p, n) * sign), y, p, n);
-        }
+        if (interleaved) turn<true>(x, y, cos, sin);
+        else turn<false>(x, y, cos, sin);
         if constexpr (std::is_same_v<From, To>) memcpy(y + 2 * P, x + 2 * P, (D - 2 * P) * sizeof(To));
         else {
             for (int64_t d = 2 * P; d < D; d += VL<C>) {
                 int n = int(std::min<int64_t>(VL<C>, D - d));
                 store(y + d, load(x + d, n), n);
             }
+        }
+    }
+    template <bool INTERLEAVED, class From, class To, class C> void turn(const From* x, To* y, const C* cos, const C* sin) const {
+        const Rotation how{P, D, INTERLEAVED, inverse};
+        const C sign = inverse ? -1 : 1;
+        for (int64_t p = 0; p < P; p += VL<C>) {
+            int n = int(std::min<int64_t>(VL<C>, P - p));
+            how.put(how.template get<C>(x, p, n).turned(load(cos + p, n), load(sin + p, n) * sign), y, p, n);
         }
     }
 };
