@@ -59,7 +59,7 @@ def test_three_linears_and_rope(rows: int, head_dim: int, pairs: int) -> None:
 def test_many_features_cross_the_blocks_of_a_product() -> None:
     """C beyond what is summed at a time; parts of the weights that meet within what is read at a time."""
     C = 40 if SMALL else 900
-    for rows in (3, 8) if SMALL else (3, 30, 80):
+    for rows in (3, 8) if SMALL else (3, 30, 80, 300):
         x, given = torch.randn(1, rows, C, dtype=torch.float64), parameters(5, 3, 10, C, torch.float64)
         cos, sin = angles(torch.arange(rows), 10, dtype=torch.float64)
         wanted = separately(x, *given, head_dim=10, cos=cos, sin=sin)

@@ -78,7 +78,7 @@ std::tuple<Tensor, Tensor, Tensor> qkv_projection_forward(
     return {out[0], out[1], out[2]};
 }
 
-// `need`: gradients of x, of the three weights and of the three biases. Those of a weight or a bias are None where the part has no gradient.
+// `need`: gradients of x, of the three weights and of the three biases. What belongs to a part that has no gradient is None.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> qkv_projection_backward(
     std::optional<Tensor> dq, std::optional<Tensor> dk, std::optional<Tensor> dv, Tensor x, Tensor q_weight, Tensor k_weight,
     Tensor v_weight, std::optional<Tensor> cos, std::optional<Tensor> sin, int64_t head_dim, bool interleaved, std::vector<bool> need) {

@@ -7,8 +7,8 @@
 //
 // A pair must meet in a tile to be turned there, and the halves of a head do not. So the columns of the product are not in the order of the
 // weights' rows: the reader hands out p and p + P as 2p and 2p + 1, neighbours, which no tile of even width parts; the epilogue sorts
-// them into two vectors. An odd head gets a column more, of zeros. Where there are a few rows (a token that is being written) columns are
-// left in their order, and the rows are turned when they are whole.
+// them into two vectors. An odd head gets a column more, of zeros. Where there are few rows (a token that is being written) columns stay
+// in their order, and the rows are turned when they are whole: copying weights into another order would take longer.
 #pragma once
 #include <array>
 
@@ -43,11 +43,17 @@ template <class E, class Row> Block<E> gather(int rows, int64_t k0, int kc, cons
     for (int i = 0; i < rows; i++) {
         const auto* from = row(i);
         E* to = out + i * ld;
-        if (!from) memset(to, 0, kc * sizeof(E));
-        else if constexpr (std::is_same_v<decltype(from), const E*>) memcpy(to, from + k0, kc * sizeof(E));
-        else
-            for (int j = 0; j < kc; j += L) store(to + j, load(from + k0 + j, kc - j));
-        for (int j = 0; from && j < kc; j += 64 / int(sizeof(*from))) prefetch_l2(from + k0 + NEXT + j);  // what is read after these
+        if (!from) {
+            memset(to, 0, kc * sizeof(E));
+            continue;
+        }
+        from += k0;
+        for (int j = 0; j < kc; j += L) {
+            prefetch_l2(from + NEXT + j);  // what is read after these
+            if constexpr (!std::is_same_v<decltype(from), const E*>) store(to + j, load(from + j, kc - j));
+            else if (kc - j >= L) memcpy(to + j, from + j, L * sizeof(E));
+            else memcpy(to + j, from + j, (kc - j) * sizeof(E));
+        }
     }
     return {out, ld, 1};
 }
@@ -88,7 +94,8 @@ template <class T> struct Forward {
     }
 
     void run() const {
-        if (is_thin<T>(M, K)) return run_thin();
+        const bool gathers = rotation.P && !rotation.interleaved;  // which takes as long as to turn K / 4 rows, or more
+        if (is_thin<T>(M, K) || (gathers && M < K / 4)) return run_by_rows();
         std::vector<C> biases(bias[0] || bias[1] || bias[2] ? columns() : 0);
         for (int64_t n = 0; n < int64_t(biases.size()); n++)
             if (int64_t from = source(n), part = weights.part_of(from); from >= 0 && bias[part])
@@ -132,12 +139,14 @@ template <class T> struct Forward {
         }
     }
 
-    // A few rows: three products of whole rows, sums in scratch, which are turned on their way to the results.
-    void run_thin() const {
-        C* sums = scratch<C, 5>(M * weights.begin[PARTS]);
+    // A few rows: three products, whose rows are turned when they are whole, where they lie or, of half types, on their way there.
+    void run_by_rows() const {
+        constexpr bool IN_PLACE = std::is_same_v<T, C>;
         for (int part = 0; part < PARTS; part++) {
-            int64_t N = weights.begin[part + 1] - weights.begin[part];
-            C* z = sums + M * weights.begin[part];
+            const int64_t N = weights.begin[part + 1] - weights.begin[part];
+            C* z;
+            if constexpr (IN_PLACE) z = out[part];
+            else z = scratch<C, 5>(M * N);
             auto add_bias = [=, b = bias[part]](const auto& t) {
                 for (int i = 0; i < t.rows; i++)
                     for (int j = 0; j < t.columns; j += VL<C>) {
@@ -145,10 +154,11 @@ template <class T> struct Forward {
                         store(z + (t.m + i) * N + t.n + j, b ? v + load(b + t.n + j, t.columns - j) : v, t.columns - j);
                     }
             };
-            if (N) multiply_rows(M, N, K, x, weights.part[part], z, add_bias);
+            if (N) multiply_rows(M, N, K, x, weights.part[part], static_cast<C*>(nullptr), add_bias);
+            if (IN_PLACE && !turned(part)) continue;
             const Rotation how{turned(part) ? rotation.P : 0, D(), rotation.interleaved};
             each_row(M, N, [=, this](int64_t m) {
-                const int64_t place = turned(part) ? m % places * rotation.P : 0;
+                const int64_t place = m % places * how.P;
                 for (int64_t n = m * N; n < (m + 1) * N; n += D()) how.row(z + n, out[part] + n, cos + place, sin + place);
             });
         }

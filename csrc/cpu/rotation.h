@@ -47,12 +47,13 @@ struct Rotation {
         store(y + p, pairs.a, n);
         store(y + P + p, pairs.b, n);
     }
-    // One row; cos and sin are of its position.
+    // One row, which may be turned where it lies; cos and sin are of its position.
     template <class From, class To, class C> void row(const From* x, To* y, const C* cos, const C* sin) const {
         if (interleaved) turn<true>(x, y, cos, sin);
         else turn<false>(x, y, cos, sin);
-        if constexpr (std::is_same_v<From, To>) memcpy(y + 2 * P, x + 2 * P, (D - 2 * P) * sizeof(To));
-        else {
+        if constexpr (std::is_same_v<From, To>) {
+            if (x != y) memcpy(y + 2 * P, x + 2 * P, (D - 2 * P) * sizeof(To));
+        } else {
             for (int64_t d = 2 * P; d < D; d += VL<C>) {
                 int n = int(std::min<int64_t>(VL<C>, D - d));
                 store(y + d, load(x + d, n), n);
