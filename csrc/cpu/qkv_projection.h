@@ -235,7 +235,7 @@ template <class T> struct Backward {
                 t.rows = int(std::min(end, weights.begin[part + 1] - n0) - t.m);
                 T* first = to[part] + (n0 - weights.begin[part]) * K;
                 store_tile(t, first, K);
-                for (int64_t i = t.m, next = t.n + t.columns; i < t.m + t.rows; i++)  // lines of the tile beside, which most often is the next
+                for (int64_t i = t.m, next = t.n + t.columns; i < t.m + t.rows; i++)  // lines of the tile beside, mostly the next
                     for (int64_t k = next; k < std::min(K, next + t.columns); k += 64 / int64_t(sizeof(T)))
                         __builtin_prefetch(first + i * K + k, 1);
             }
