@@ -1,4 +1,4 @@
-"""How attention and rope may be shared out where their arguments are DTensors; sharding_rules.py has every other function."""
+"""How attention, rope and qkv_projection may be shared out where their arguments are DTensors; sharding_rules.py has the others."""
 
 from __future__ import annotations
 
@@ -120,3 +120,29 @@ def rope(input: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     tensors = {"input": input, "cos": angles[0], "sin": angles[1]}
     y: Tensor = run("rope", tensors, layouts, lambda x, cos, sin: F.rope(x, cos, sin, interleaved))
     return y
+
+
+@rule
+def qkv_projection(
+    input: Tensor, q_weight: Tensor, k_weight: Tensor, v_weight: Tensor, q_bias: Tensor | None, k_bias: Tensor | None,
+    v_bias: Tensor | None, cos: Tensor | None, sin: Tensor | None, head_dim: int, interleaved: bool,
+) -> Any:  # fmt: skip
+    """Cut along any dimension but the last, or the weights by heads, where these are shared out evenly."""
+    parameters = {"q_weight": q_weight, "k_weight": k_weight, "v_weight": v_weight, "q_bias": q_bias, "k_bias": k_bias, "v_bias": v_bias}
+    angles = _whole((input,), cos, sin)
+    rank, layouts = input.dim(), []
+    for d in range(rank - 1):
+        cut = {"input": Shard(d)}
+        if cos is not None and (d == rank - 2 or (cos.dim() > 2 and cos.shape[d] > 1)):
+            cut["cos"] = cut["sin"] = Shard(d if d < rank - 2 else cos.dim() - 2)
+        layouts.append(Layout(f"rows: Shard({d})", cut, Shard(rank - 1 if d == rank - 2 else d)))
+    processes = next(t.device_mesh for t in (input, *parameters.values(), *angles) if isinstance(t, DTensor)).size()
+    if all(weight.shape[0] % (processes * head_dim) == 0 for weight in (q_weight, k_weight, v_weight)):
+        layouts.append(Layout("heads: Shard(0) of weights", dict.fromkeys(parameters, Shard(0)), Shard(rank - 2)))
+    tensors = {"input": input, **parameters, "cos": angles[0], "sin": angles[1]}
+
+    def compute(*tensors: Any) -> Any:
+        *others, cos, sin = tensors
+        return F.qkv_projection(*others, head_dim=head_dim, cos=cos, sin=sin, interleaved=interleaved)
+
+    return run("qkv_projection", tensors, layouts, compute)

@@ -155,6 +155,25 @@ def rope(mesh: DeviceMesh) -> None:
 
 
 @case
+def qkv_projection(mesh: DeviceMesh) -> None:
+    """Cut by rows, or parameters by heads, where they are shared out evenly."""
+    x, own, shared = randn(4, 5, 6), (randn(4, 5, 2), randn(4, 5, 2)), (randn(5, 2), randn(5, 2))
+    parameters = randn(16, 6), randn(8, 6), randn(8, 6), randn(16), randn(8), randn(8)
+
+    def qkv(x: Tensor, *others: Any, head_dim: int = 4, cos: Any = shared[0], sin: Any = shared[1]) -> Any:
+        return F.qkv_projection(x, *others, head_dim=head_dim, cos=cos.detach(), sin=sin.detach())
+
+    def with_tables(x: Tensor, cos: Tensor, sin: Tensor, *others: Tensor) -> Any:
+        return qkv(x, *others, cos=cos, sin=sin)
+
+    for cut, out in ((Shard(0), Shard(0)), (Shard(1), Shard(2))):
+        compare(mesh, qkv, (x, *parameters), (cut, *[WHOLE] * 6), out)
+        compare(mesh, with_tables, (x, *own, *parameters), (cut, cut, cut, *[WHOLE] * 6), out)
+    compare(mesh, qkv, (x, *parameters), (WHOLE, *[Shard(0)] * 6), Shard(1))
+    compare(mesh, functools.partial(qkv, head_dim=8), (x, *parameters), (WHOLE, *[Shard(0)] * 6))  # one head of keys
+
+
+@case
 def embedding(mesh: DeviceMesh) -> None:
     weight, indices = randn(7, 5), torch.tensor([[1, 2, 1], [6, 1, 0], [3, 1, 1]])
     for by_freq in (False, True):

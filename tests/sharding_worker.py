@@ -68,8 +68,8 @@ def raw_ops(mesh: DeviceMesh) -> None:
 
 def example_argument(mesh: DeviceMesh, argument: Any) -> Any:
     kind = str(argument.type)
-    if kind == "List[int]":
-        return [1]
+    if kind in ("List[int]", "List[bool]"):
+        return [1] if kind == "List[int]" else [True] * 7
     if kind.startswith("List"):
         return [distribute_tensor(randn(4, 4), mesh, [Shard(0)])]
     return {"Tensor": distribute_tensor(randn(4, 4), mesh, [Shard(0)]), "bool": True, "float": 0.5, "int": 0}.get(kind)

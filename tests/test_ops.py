@@ -195,7 +195,7 @@ def test_a_wrong_result_is_noticed(op: Op) -> None:
     dys = cotangents(op, args)
     right = results(op, op.call, args, dys)
     for name, value in right.items():
-        one_off = value.clone()
+        one_off = value.clone(memory_format=torch.contiguous_format)
         one_off.view(-1)[0] += value.abs().max() + 1
         for wrong in (one_off, value[None], value.where(value < value.max(), float("nan"))):
             spoiled: Results = right | {name: wrong}

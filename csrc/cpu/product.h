@@ -54,32 +54,42 @@ inline auto split(int64_t M, int64_t N, int64_t K) {
     return [=](int64_t n, const auto& body) { parallel(n, body, serial); };
 }
 
-// out = epilogue(x W^T). Where the thin products beat packing: sums across lanes need many k to pay, and a widened half type costs more to
-// read than to multiply.
-template <class T, class Out, class F>
-void multiply_rows(int64_t M, int64_t N, int64_t K, Matrix<T> x, Matrix<T> weight, Out* out, const F& epilogue) {
+// Whether the thin products beat packing for M rows and k contiguous in both operands: sums across lanes need many k to pay, and a widened
+// half type costs more to read than to multiply.
+template <class T> bool is_thin(int64_t M, int64_t K) {
     constexpr bool WIDENED = sizeof(T) == 2 && !Dot<T>::PAIRS;
-    using E = element_of<T>;
-    bool rows = x.cs == 1 && weight.cs == 1;
     if constexpr (HAS_TILES && std::is_same_v<T, bf16>)
-        if (M <= 32 && K > 0 && rows) return tile_product(M, N, K, x.p, x.rs, weight.p, weight.rs, epilogue, split(M, N, K));
-    if (rows && (M <= 4 || (M <= (WIDENED ? 32 : 64) && K >= 256)))
-        return dot_product(M, N, K, x.p, x.rs, weight.p, weight.rs, epilogue, split(M, N, K));
-    multiply<T>(M, N, K, reader<E>(x), reader<E>(weight), out, epilogue);
+        if (M <= 32 && K > 0) return true;
+    return M <= 4 || (M <= (WIDENED ? 32 : 64) && K >= 256);
 }
 
-// out = epilogue(A W), with A a function of the element type that gives its reader.
-template <class T, class FA, class Out, class F>
-void multiply_columns(int64_t M, int64_t N, int64_t K, const FA& A, Matrix<T> weight, Out* out, const F& epilogue) {
+// out = epilogue(x W^T).
+template <class T, class Out, class F>
+void multiply_rows(int64_t M, int64_t N, int64_t K, Matrix<T> x, Matrix<T> weight, Out* out, const F& epilogue) {
+    using E = element_of<T>;
+    if (x.cs != 1 || weight.cs != 1 || !is_thin<T>(M, K)) return multiply<T>(M, N, K, reader<E>(x), reader<E>(weight), out, epilogue);
+    if constexpr (HAS_TILES && std::is_same_v<T, bf16>)
+        if (M <= 32 && K > 0) return tile_product(M, N, K, x.p, x.rs, weight.p, weight.rs, epilogue, split(M, N, K));
+    dot_product(M, N, K, x.p, x.rs, weight.p, weight.rs, epilogue, split(M, N, K));
+}
+
+// out = epilogue(A B), with A and B functions of the element type that give readers; the columns of B are contiguous, if `rows`.
+template <class T, class FA, class FB, class Out, class F>
+void multiply_columns(int64_t M, int64_t N, int64_t K, const FA& A, const FB& B, bool rows, Out* out, const F& epilogue) {
     using Thin = std::conditional_t<Dot<T>::PAIRS, PairDot<bf16>, Fma<compute_t<T>>>;
     constexpr int64_t SWEEP_ROWS = 16;
-    if (M <= SWEEP_ROWS && weight.cs == 1) {
+    if (M <= SWEEP_ROWS && rows) {
         using E = typename Thin::Element;
-        sweep_product<Thin>(M, N, K, A(E{}), reader<E>(weight.transposed()), epilogue, split(M, N, K));
+        sweep_product<Thin>(M, N, K, A(E{}), B(E{}), epilogue, split(M, N, K));
     } else {
         using E = element_of<T>;
-        multiply<T>(M, N, K, A(E{}), reader<E>(weight.transposed()), out, epilogue);
+        multiply<T>(M, N, K, A(E{}), B(E{}), out, epilogue);
     }
+}
+template <class T, class FA, class Out, class F>
+void multiply_columns(int64_t M, int64_t N, int64_t K, const FA& A, Matrix<T> weight, Out* out, const F& epilogue) {
+    auto B = [=](auto element) { return reader<decltype(element)>(weight.transposed()); };
+    multiply_columns<T>(M, N, K, A, B, weight.cs == 1, out, epilogue);
 }
 
 // The epilogue of a product without one: store the tile.

@@ -1,54 +1,16 @@
 // rope: pairs of numbers turned by the angle of their position, one pass over memory.
 //
-// A row is the D numbers of one head at one position: its first 2 P are P pairs, the others are copied. A row of cosines and one of sines, P
-// numbers each, serve all heads of a position; they stay in the L1 cache while heads of a position lie side by side, and in L2 otherwise.
+// A row of cosines and one of sines, P numbers each, serve all heads of a position; they stay in the L1 cache while heads of a position lie
+// side by side, and in L2 otherwise.
 // Halves need no shuffle: the partners of a vector of first numbers are a vector, P further. Interleaved pairs are sorted into two vectors
 // in registers and back. The backward is the same with sines of the other sign.
 #include "heads.h"
+#include "rotation.h"
 #include "rows.h"
 
 namespace {
 
 constexpr const char* ROPE = "rope";
-
-template <class V, int... L> INLINE inline V evens(V a, V b, std::integer_sequence<int, L...>) {
-    return __builtin_shufflevector(a, b, (2 * L)...);
-}
-template <class V, int... L> INLINE inline V odds(V a, V b, std::integer_sequence<int, L...>) {
-    return __builtin_shufflevector(a, b, (2 * L + 1)...);
-}
-// a0 b0 a1 b1 ...: the numbers from lane `Start` of the zipped pairs on.
-template <int Start, class V, int... L> INLINE inline V zipped(V a, V b, std::integer_sequence<int, L...>) {
-    return __builtin_shufflevector(a, b, ((Start + L) / 2 + (L % 2) * int(sizeof...(L)))...);
-}
-
-struct Rotation {
-    int64_t P, D;
-    bool interleaved, inverse;
-
-    // One row; cos and sin are of its position.
-    template <class T, class C> void row(const T* x, T* y, const C* cos, const C* sin) const {
-        constexpr int L = VL<C>;
-        const std::make_integer_sequence<int, L> lanes;
-        const C sign = inverse ? -1 : 1;
-        for (int64_t p = 0; p < P; p += L) {
-            int n = int(std::min<int64_t>(L, P - p));
-            vec<C> c = load(cos + p, n), s = load(sin + p, n) * sign;
-            if (interleaved) {
-                int first = std::min(L, 2 * n), second = 2 * n - first;
-                vec<C> low = load(x + 2 * p, first), high = second ? load(x + 2 * p + L, second) : vec<C>{};
-                vec<C> a = evens(low, high, lanes), b = odds(low, high, lanes), u = a * c - b * s, v = b * c + a * s;
-                store(y + 2 * p, zipped<0>(u, v, lanes), first);
-                if (second) store(y + 2 * p + L, zipped<L>(u, v, lanes), second);
-            } else {
-                vec<C> a = load(x + p, n), b = load(x + P + p, n);
-                store(y + p, a * c - b * s, n);
-                store(y + P + p, b * c + a * s, n);
-            }
-        }
-        memcpy(y + 2 * P, x + 2 * P, (D - 2 * P) * sizeof(T));
-    }
-};
 
 Tensor rope(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool inverse) {
     int64_t B = ranked(ROPE, "x", x, 4).size(0), H = x.size(1), T = x.size(2), D = x.size(3);

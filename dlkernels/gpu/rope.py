@@ -75,15 +75,23 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) 
         raise RuntimeError(f"cos has {P} angles, needs at most {D // 2} for heads of {D}")
     x = x if D <= 1 or x.stride(3) == 1 else x.contiguous()
     y = empty_like_heads(x, D)
-    M, pairs, rest = B * H * T, triton.next_power_of_2(max(P, 1)), D - 2 * P
-    rows = max(1, NUMBERS // (2 * pairs))
+    run(x, cos, sin, y, interleaved, inverse)
+    return y
+
+
+def run(x: Tensor, cos: Tensor, sin: Tensor, y: Tensor, interleaved: bool, inverse: bool) -> None:
+    """Fill y, of any strides but 1 between the numbers of a row."""
+    (B, H, T, D), P, batches = x.shape, cos.shape[2], cos.shape[0]
+    x = x if D <= 1 or x.stride(3) == 1 else x.contiguous()
+    M, pairs = B * H * T, triton.next_power_of_2(max(P, 1))
+    rest = triton.next_power_of_2(D - 2 * P) if D > 2 * P else 0
+    rows = max(1, NUMBERS // max(2 * pairs, rest))
     if M and D:
         launch(
             rope_rows, (triton.cdiv(M, rows),), x, cos.contiguous(), sin.contiguous(), y, M, H, T, P, D, *x.stride()[:3], *y.stride()[:3],
             T * P if batches > 1 else 0, -1 if inverse else 1, TURN=rope_interleaved if interleaved else rope_halves, ROWS=rows,
-            PAIRS=pairs, REST=triton.next_power_of_2(rest) if rest else 0,
+            PAIRS=pairs, REST=rest,
         )  # fmt: skip
-    return y
 
 
 def _example(empty):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import dlkernels.nn
+from dlkernels.acceleration.fuse import LINEAR, forward_of
 
 
 class LinearReLU(torch.nn.Linear):
@@ -52,6 +53,9 @@ class DropoutAddLayerNorm(torch.nn.LayerNorm):
         return super().forward(total), total
 
 
+ROTARY = dlkernels.nn.RotaryPositions
+
+
 class RotaryPositions(dlkernels.nn.RotaryPositions):
     """Rotary positions in PyTorch's own calls: each head of x [B, H, T, D] beside the same with its halves swapped."""
 
@@ -69,6 +73,25 @@ TWINS = {
 def fused(nn: ModuleType, name: str, *sizes: Any, **options: Any) -> torch.nn.Module:
     """The namespace's layer of this name, one kernel, where it has one; otherwise its twin in ``TWINS``, several of PyTorch's."""
     return getattr(nn, name, TWINS[name])(*sizes, **options)
+
+
+def qkv(
+    nn: ModuleType, x: Tensor, layers: tuple[torch.nn.Module, ...], head_dim: int, rotary: Any, start: int
+) -> tuple[Tensor, ...] | None:
+    """Queries, keys and values of x [B, T, C] by the namespace's one kernel for them, from three linear layers and ``rotary``.
+
+    None where the namespace has no such kernel, or a layer is something else now or has a hook: then they are to be called, one by one.
+    The kernel reads the layers' parameters and calls none of them.
+    """
+    project = getattr(nn.functional, "qkv_projection", None)
+    turns = rotary is None or (forward_of(rotary) is ROTARY.forward and type(rotary).turn is ROTARY.turn)
+    if project is None or not turns or not all(forward_of(layer) is LINEAR for layer in layers):
+        return None
+    cos, sin = (None, None) if rotary is None else rotary.tables(x, start)
+    parameters = (*(layer.weight for layer in layers), *(layer.bias for layer in layers))
+    interleaved = rotary is not None and rotary.interleaved
+    found: tuple[Tensor, ...] = project(x, *parameters, head_dim=head_dim, cos=cos, sin=sin, interleaved=interleaved)
+    return found
 
 
 def he_init(model: torch.nn.Module) -> None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import dlkernels.nn
-from dlkernels.models.layers import check_sizes, fused
+from dlkernels.models.layers import check_sizes, fused, qkv
 from dlkernels.nn import KVCache
 
 
@@ -69,6 +69,10 @@ class MultiHeadAttention(torch.nn.Module):
 
     def heads(self, x: Tensor, memory: Tensor | None = None, start: int = 0) -> tuple[Tensor, ...]:
         """q [B, H, T, D], k and v [B, H, S, D]; the first token is at ``start``."""
+        if memory is None:
+            together = qkv(self.nn[0], x, (self.W_q, self.W_k, self.W_v), self.d_k, self.rotary, start)
+            if together is not None:
+                return together
         seen = x if memory is None else memory
         projected = ((self.W_q, x), (self.W_k, seen), (self.W_v, seen))
         q, k, v = (W(t).unflatten(-1, (self.n_heads, self.d_k)).transpose(1, 2) for W, t in projected)

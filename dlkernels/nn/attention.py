@@ -102,7 +102,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         return (y, weights) if batched else (y[0], None if weights is None else weights[0])
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        """Queries, keys and values of all heads. Those of one tensor are parts of one product."""
+        """Queries, keys and values of all heads. Those of one tensor are parts of one product, which ``qkv_projection`` would not make
+        faster: its weights are one already, and nothing is to be turned."""
         E, weight, bias = self.embed_dim, self.in_proj_weight, self.in_proj_bias
         if weight is not None and key is value:
             if query is key:

@@ -89,10 +89,14 @@ class RotaryPositions(torch.nn.Module):
         self.dim, self.base, self.interleaved = dim, base, interleaved
 
     def forward(self, x: Tensor, start: int = 0, positions: Tensor | None = None) -> Tensor:
+        return self.turn(x, *self.tables(x, start, positions))
+
+    def tables(self, x: Tensor, start: int = 0, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """cos and sin of the angles of T positions: x is ``(*, T, any)``."""
         _check_length("RotaryPositions", start, x.shape[-2])
         if positions is not None:
-            return self.turn(x, *angles(positions, self.dim, self.base, torch.promote_types(x.dtype, torch.float32)))
-        return self.turn(x, *angles_like(x, self.dim, self.base, start))
+            return angles(positions, self.dim, self.base, torch.promote_types(x.dtype, torch.float32))
+        return angles_like(x, self.dim, self.base, start)
 
     def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return F.rope(x, cos, sin, self.interleaved)
