@@ -48,7 +48,7 @@ def elements(op: Op, size: Mapping[str, Any]) -> int:
 
 
 def middle(op: Op) -> Mapping[str, Any]:
-    """One size that is neither tiny nor long to compute: the sample of median size; in the interpreter a short one of what goes by steps."""
+    """One size that is neither tiny nor long to compute: the sample of median size; in the interpreter few steps of what goes by steps."""
     some = samples(op, most=300) if op.module == "recurrent" else op.samples
     ordered = sorted(some, key=lambda size: elements(op, size))
     return ordered[len(ordered) * 2 // 3]

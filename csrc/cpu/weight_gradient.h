@@ -7,6 +7,7 @@
 //   gathered     others: all that a place meets is written side by side first
 #pragma once
 #include "conv2d.h"
+#include "slide_back.h"
 
 // Sums over all places, in parts whose number depends on the sizes alone: a thread computes whole parts, which are added in order.
 template <class T, Memory MEMORY> struct WeightGradient {
