@@ -111,7 +111,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> qkv_projectio
             }
         }
         const int64_t size = s.M() * b.N();
-        const bool large = size * int64_t(sizeof(T)) >= Pool::SMALLEST;  // as memory that is used again, either way
+        const bool large = size * int64_t(sizeof(T)) >= int64_t(Pool::SMALLEST);  // as memory that is used again, either way
         Tensor dz = large ? empty(x, {s.M(), b.N()}) : Tensor();
         b.dz = large ? data<T>(dz) : scratch<T, 6>(size);
         if (b.N()) b.form_dz();
