@@ -67,8 +67,8 @@ def test_what_is_not_finite_stays_with_its_image(layout: torch.memory_format, dt
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["rows", "channels_last"])
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
 def test_the_partner_of_a_last_place_spoils_nothing(layout: torch.memory_format, value: float) -> None:
-    """In bfloat16 two places side by side are multiplied at once. Of seven, the last has none: what would be met there does not count, as in
-    float32. (PyTorch's own bfloat16 makes NaN of it.)"""
+    """In bfloat16 two places side by side are multiplied at once. Of seven, the last has none: what would be met there does not count, as
+    in float32. (PyTorch's own bfloat16 makes NaN of it.)"""
     x, weight = (integers(*shape, dtype=torch.bfloat16, layout=layout) for shape in ((2, 48, 5, 7), (4, 48, 3, 3)))
     x[1, 3, 2, 6] = value  # the left column of taps does not meet the last pixel of a row
     dy = integers(2, 4, 5, 7, dtype=torch.bfloat16)

@@ -98,25 +98,27 @@ def test_a_killed_worker_ends_the_job_and_a_restart_goes_on(how: str, tmp_path: 
 
 
 LEAVING = """
-import os, torch
+import os, sys, torch
 from dlkernels.train import join, leave, spread
 
 def threads():
     return [name for t in os.listdir("/proc/self/task") for name in [open(f"/proc/self/task/{t}/comm").read()] if "gloo" in name]
 
 join()
-model = spread(torch.nn.Linear(4, 4), "ddp")
+model = spread(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)), sys.argv[1])
 model(torch.ones(2, 4)).sum().backward()
 assert threads()
 leave()
 assert not threads()
-model.module(torch.ones(2, 4)).sum().backward()
+if sys.argv[1] == "ddp":
+    model.module(torch.ones(2, 4)).sum().backward()
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads have names in /proc")
-def test_no_thread_of_the_group_outlives_it() -> None:
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_no_thread_of_the_group_outlives_it(how: str) -> None:
     """One that takes the interpreter's lock while that comes to its end would abort the process."""
     env = {**ENVIRONMENT, "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-    left = subprocess.run([sys.executable, "-c", LEAVING], env=env, capture_output=True, text=True, timeout=60)
+    left = subprocess.run([sys.executable, "-c", LEAVING, how], env=env, capture_output=True, text=True, timeout=60)
     assert left.returncode == 0, left.stderr[-3000:]

@@ -6,8 +6,8 @@ Backward    dz         = dy · act'(z)
             dW[o,c,r,s]   = Σ_{n,p,q} dz[n,o,p,q] x[n, c, p sh + r dh - top, q sw + s dw - left]
             db[o]         = Σ_{n,p,q} dz[n,o,p,q]
 
-The border is multiplied like any other zero, except in small images: a NaN or an infinity of W makes NaN where it meets the border, in dx too.
-With groups, output channel o sees the C / groups input channels of its group. As linear does, relu, sigmoid and tanh keep y for the
+The border is multiplied like any other zero, except in small images: a NaN or an infinity of W makes NaN where it meets the border, in dx
+too. With groups, output channel o sees the C / groups input channels of its group. As linear does, relu, sigmoid and tanh keep y for the
 backward, the others z.
 
 Shapes      x (N, C, H, W) or (C, H, W), contiguous or channels last   W (O, C / groups, R, S)   b (O,) or None   y (N, O, P, Q) like x

@@ -176,7 +176,7 @@ def qkv_projection(
 
 def _tables(x: Tensor, D: int, P: int | None, each: bool, turned: bool) -> dict[str, Any]:
     """``each``: positions of its own for every sequence of the batch. Nothing is turned unless ``turned``."""
-    if not turned:
+    if not turned or not isinstance(x, Tensor):
         return {}
     width = 2 * (D // 2 if P is None else min(P, D // 2))
     return dict(zip(("cos", "sin"), _rope.angles_like(x, width, step=5, lead=tuple(x.shape[:-2]) if each else ())))

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 SPREADS = ("none", "ddp", "fsdp")
-_under_ddp: WeakSet[DistributedDataParallel] = WeakSet()  # each holds the process group
+_spread: WeakSet[nn.Module] = WeakSet()  # what holds the process group
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -59,10 +59,23 @@ def leave() -> None:
     """The end of what ``join`` began, for all processes together. Of a model under ddp the model in it is left, ``model.module``."""
     if dist.is_available() and dist.is_initialized():
         dist.barrier()  # one that leaves while another still talks to it may abort
-        for model in _under_ddp:  # the group's threads end with the last who holds it; any that is left when Python ends may abort it
-            del model.reducer, model.logger, model.process_group
-        _under_ddp.clear()
+        for model in _spread:  # the group's threads end with the last who holds it; any that is left when Python ends may abort it
+            _let_go(model)
+        _spread.clear()
         dist.destroy_process_group()
+
+
+def _let_go(model: Any) -> None:
+    """PyTorch has no call for it."""
+    if isinstance(model, DistributedDataParallel):
+        del model.reducer, model.logger, model.process_group
+        return
+    for module in model.modules():
+        state = module._get_fsdp_state() if hasattr(module, "_get_fsdp_state") else None
+        for group in getattr(state, "_fsdp_param_groups", ()):
+            for info in filter(None, (group.mesh_info, group.post_forward_mesh_info)):
+                info.shard_process_group = None
+                getattr(info.mesh, "_pg_registry", {}).clear()
 
 
 def spread(
@@ -93,7 +106,6 @@ def spread(
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if how == "ddp":
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        _under_ddp.add(model)
     if how == "fsdp":
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -101,6 +113,8 @@ def spread(
         norms = [m for m in model.modules() if isinstance(m, _NormBase)] if precision == "bfloat16" else []
         for block in dict.fromkeys([*norms, *found, model]):
             fully_shard(block, mp_policy=low if precision == "bfloat16" and block not in norms else same)
+    if how != "none":
+        _spread.add(model)
     return model
 
 
