@@ -123,6 +123,17 @@ def test_layouts(op: Op, dtype: torch.dtype, layout: Any) -> None:
             assert_accurate(op, unusual, map_tensors(layout, dys) if len(changed) != 1 else dys)
 
 
+@each_op
+def test_native_does_the_same(op: Op) -> None:
+    """The opponent of the races computes what the definition says, no less."""
+    for size in samples(op):
+        args = arguments(op, size, torch.float64)
+        dys = cotangents(op, args)
+        native, exact = results(op, op.native, args, dys), exact_results(op, args, dys)
+        for name, value in exact.items():
+            torch.testing.assert_close(native[name], value, rtol=1e-9, atol=1e-9, msg=lambda text: f"{label(size)} {name}: {text}")
+
+
 NONFINITE = (float("nan"), float("inf"), float("-inf"))
 
 

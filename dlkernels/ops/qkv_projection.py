@@ -199,9 +199,9 @@ def _definition(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
 def _native(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """What a PyTorch user writes."""
     *parameters, D, P, each, turned, interleaved = args
-    angles = (P, each) if turned else None
+    angles = (D // 2 if P is None else P, each) if turned else (None, None)  # in the place of tables
     turn = _by_parts(F.linear, lambda x, P, each, interleaved: _rope._native(x, P, interleaved, each))
-    return turn(x, *parameters, *(angles or (None, None)), D, interleaved)
+    return turn(x, *parameters, *angles, D, interleaved)
 
 
 def _supports(x: Tensor, *args: Any) -> str | None:
