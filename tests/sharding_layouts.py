@@ -1,6 +1,7 @@
 """Cases of sharding_worker.py: functions in every layout that their arguments may have, and what compares them.
 
 A case compares functions of DTensors with the same functions of the whole plain tensors, which every process has.
+Longer than other files, since it is one list, with a case for every function.
 """
 
 from __future__ import annotations

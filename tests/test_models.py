@@ -80,8 +80,7 @@ def test_ours_runs_on_our_kernels(spec: ModelSpec) -> None:
         layers = sum(isinstance(m, layer) for m in modules)
         assert recurrent or native.count(theirs) == layers  # a native GRU is made of products, and a product of a text's is another one
         assert not {theirs, "MmBackward0", "MkldnnRnnLayerBackward0"} & set(ours)
-        together = 3 * sum(name.startswith("_QKVProjection") for name in ours) if layer is torch.nn.Linear else 0
-        assert sum(name.startswith(mine) for name in ours) + together == layers
+        assert sum(name.startswith(mine) + 3 * (mine == "_Linear" and name.startswith("_QKVProjection")) for name in ours) == layers
 
 
 @specs

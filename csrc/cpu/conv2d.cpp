@@ -1,4 +1,5 @@
-// conv2d: y = act(x * weight + b) and its gradients. What is computed stands in conv2d.h, weight_gradient.h and depthwise.h; here, arguments are checked.
+// conv2d: y = act(x * weight + b) and its gradients. What is computed stands in conv2d.h, weight_gradient.h and depthwise.h; here, arguments
+// are checked.
 #include "conv2d.h"
 #include "convolution.h"
 #include "depthwise.h"
@@ -114,7 +115,7 @@ void convolve_back(const char* op, Geometry s, Memory memory, const Tensor& dz, 
 }
 
 Tensor filter_gradient(const char* op, Geometry s, Memory memory, const Tensor& dz, const Tensor& x, const Tensor& weight) {
-    if (x.element_size() >= 4 && has_few_places(s)) memory = Memory::COLUMNS;
+    with_type(op, x.scalar_type(), [&](auto type) { if (has_few_places<decltype(type)>(s)) memory = Memory::COLUMNS; });
     Tensor zs = in_memory(dz, memory), xs = in_memory(x, memory), dweight = empty(weight, format_of_filters(op, weight, s));
     with_kind(op, x, memory, [&](auto type, auto kind) {
         using T = decltype(type);

@@ -20,15 +20,17 @@ template <class T> constexpr bool IN_STACKS = !ON_TILES<T> && std::is_same_v<T, 
 
 // Whether images are better laid side by side: few pixels each, images that fill vectors, and more products saved than Winograd would save.
 inline bool is_small(const Geometry& s) {
-    bool matrix = s.R * s.S * s.stride[0] * s.stride[1] == 1, fills = 4 * s.N >= 3 * round_up(s.N, Fma<float>::NR);
-    if (s.H * s.W > 64 || s.P * s.Q > 64 || matrix || !fills) return false;
+    bool matrix = s.R * s.S * s.stride[0] * s.stride[1] == 1;
+    if (s.H * s.W > 64 || s.P * s.Q > 64 || matrix || !fills_tiles<float>(s.N)) return false;
     Axis h = s.axis(0), w = s.axis(1);
     if (!s.winograd || !is_3x3(h, w)) return true;
     return h.met() * w.met() <= 20 * ceil_div(s.P, 2) * ceil_div(s.Q, 2);  // a square takes 16 products, and its transforms
 }
 
-// Whether dweight is summed over all images at once, which are then taken in channels last.
-inline bool has_few_places(const Geometry& s) { return s.N * s.P * s.Q <= 2048 && is_small(s); }
+// Whether dweight is summed over all images at once, for which they are brought into channels last.
+template <class T> bool has_few_places(const Geometry& s) {
+    return IN_STACKS<T> && s.C1 >= Fma<compute_t<T>>::NR && s.N * s.P * s.Q <= 2048 && is_small(s);
+}
 
 template <class T, Memory MEMORY>
 void filter(const Geometry& s, const Filters<T>& filters, const Images<T, MEMORY>& images, const std::vector<Bank<T, MEMORY>>& banks) {

@@ -114,6 +114,20 @@ template <class T, Memory MEMORY> struct Images {  // the channels of one group
     }
 };
 
+// to[column][row] of a matrix [row][column], by whole vectors: behind its columns it may be read, and `to` has room for vectors.
+template <class S> void turn(const S* from, int64_t from_ld, int64_t rows, int64_t columns, S* to, int64_t to_ld) {
+    constexpr int V = VL<S>;
+    for (int64_t c = 0; c < columns; c += V)
+        for (int64_t r = 0; r < rows; r += V) {
+            vec<S> square[V];
+#pragma GCC unroll 16
+            for (int s = 0; s < V; s++) square[s] = r + s < rows ? load(from + (r + s) * from_ld + c) : vec<S>{};
+            transpose(square);
+#pragma GCC unroll 16
+            for (int s = 0; s < V; s++) store(to + (c + s) * to_ld + r, square[s]);
+        }
+}
+
 struct Place { int64_t n, i, l; };  // image, row, column
 
 // Where sums go: place (n, i, l) of channel m is pixel (i * step_h + first_h, l * step_w + first_w) of image n. The places of a tile follow
@@ -157,18 +171,9 @@ template <class T, Memory MEMORY> struct Result {
                 write_pixels(t, i, run, (n * H * W + pixel) * all_channels + t.n, put);
             }, S{});
         } else {
-            constexpr int V = VL<S>;
-            int64_t ld = round_up(t.rows, V) + V;
-            S* rows = scratch<S, TURNED>(round_up(t.columns, V) * ld);
-            for (int c = 0; c < t.columns; c += V)
-                for (int r = 0; r < t.rows; r += V) {
-                    vec<S> square[V];
-#pragma GCC unroll 16
-                    for (int s = 0; s < V; s++) square[s] = r + s < t.rows ? load(t.p + (r + s) * t.ld + c) : vec<S>{};
-                    transpose(square);
-#pragma GCC unroll 16
-                    for (int s = 0; s < V; s++) store(rows + (c + s) * ld + r, square[s]);
-                }
+            int64_t ld = round_up(t.rows, VL<S>) + VL<S>;
+            S* rows = scratch<S, TURNED>(round_up(t.columns, VL<S>) * ld);
+            turn(t.p, t.ld, t.rows, t.columns, rows, ld);
             write(Tile<S>{rows, ld, t.n, 0, t.columns, t.rows}, at);
         }
     }

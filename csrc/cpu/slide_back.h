@@ -7,11 +7,12 @@
 #include "slide.h"
 
 // sums[tap][m][c] += dz[m][j] met[offset[tap] + place[j] + c] for all places j, `height` rows of L, of a band and filters [m0, m1); `width`
-// lanes to a place. A list of places leaves out what lies between the rows: 0 times a number there would be NaN where the number is infinite.
+// lanes to a place. A list of places leaves out what lies between the rows: 0 times a number there would be NaN where that is infinite.
 // Where a lane is a pair of numbers, it has what two places side by side meet, and the list has every second place.
 template <class Micro, class T, Memory MEMORY>
 void slide_back(const typename Micro::Lane* met, const std::vector<int64_t>& offset, const int64_t* place, int64_t height, int64_t L,
-                int64_t width, const Images<T, MEMORY>& dz, int64_t m0, int64_t m1, int64_t n, int64_t i0, typename Micro::Sum* sums, bool add) {
+                int64_t width, const Images<T, MEMORY>& dz, int64_t m0, int64_t m1, int64_t n, int64_t i0, typename Micro::Sum* sums,
+                bool add) {
     using E = typename Micro::Element;
     using Lane = typename Micro::Lane;
     constexpr int MR = Micro::MR, NR = Micro::NR, PAIR = sizeof(Lane) / sizeof(E);

@@ -43,7 +43,7 @@ template <class T, Memory MEMORY> struct Stacked {
     const Images<T, MEMORY>& images;
     const std::vector<Bank<T, MEMORY>>& banks;
     int64_t N = images.images, C = images.channels, M = filters.M, pixels = images.H * images.W, apart = round_up(N, NR);
-    // Filters that lie side by side are a short run for every k; such runs, a power of two apart, would compete for few lines of the caches.
+    // Filters that lie side by side are a short run for every k: such runs, a power of two apart, would compete for few lines of the caches.
     bool copied = filters.sm == 1;
     int64_t to_channel = copied ? MR : filters.sc, to_tap = copied ? C * MR : filters.st;
 
@@ -68,7 +68,8 @@ template <class T, Memory MEMORY> struct Stacked {
                     int64_t m = M * i / tiles, rows = M * (i + 1) / tiles - m;
                     const T* filter = filters.p + g * filters.sg + m * filters.sm;
                     if (copied) filter = copy_of(filter, int(rows));
-                    for (size_t b = 0; b < banks.size(); b++) tile(filter, m, int(rows), stack, banks[b], places[b], banks[b].result.of_group(g, M));
+                    for (size_t b = 0; b < banks.size(); b++)
+                        tile(filter, m, int(rows), stack, banks[b], places[b], banks[b].result.of_group(g, M));
                 }
             }, double(M) * C * filters.taps * pixels * N < SERIAL);
         }
@@ -130,24 +131,18 @@ template <class T, Memory MEMORY> struct Stacked {
     void tile(const T* filter, int64_t m, int rows, const T* stack, const Bank<T, MEMORY>& bank, const Places& places,
               Result<T, MEMORY> result) const {
         int64_t I = result.I, L = result.L, all = rows * I * L, ld = round_up(all, V);
-        T *sums = scratch<T, 0>(ld * NR), *of_image = scratch<T, 1>(NR * ld);
+        T *sums = scratch<T, 0>(all * NR), *of_image = scratch<T, 1>(NR * ld);
         result.pitch = L;
         for (int64_t n = 0; n < N; n += NR) {
             for (int64_t i = 0; i < I; i++)
                 for (int64_t l = 0; l < L; l++) {
                     const Met& met = places.met[places.h.of[i] * int64_t(places.w.taps.size()) + places.w.of[l]];
                     const T* place = stack + (i * bank.h.step * images.W + l * bank.w.step) * apart + n;
-                    const T* next = copied ? filter : filter + rows * filters.sm * (I * L + i * L + l) / (I * L);  // the tile after this one
+                    const T* next = copied ? filter : filter + rows * filters.sm * (I * L + i * L + l) / (I * L);  // of the tile to come
                     Micro::tile_at(rows, int(met.filter.size()), ListedRows<T>{filter, met.filter.data(), filters.sm},
                                    Listed<T>{place, met.stack.data()}, sums + (i * L + l) * NR, I * L * NR, false, next);
                 }
-            for (int64_t r = 0; r < all; r += V)
-                for (int64_t j = 0; j < NR; j += V) {
-                    vec<T> square[V];
-                    for (int s = 0; s < V; s++) square[s] = load(sums + (r + s) * NR + j);
-                    transpose(square);
-                    for (int s = 0; s < V; s++) store(of_image + (j + s) * ld + r, square[s]);
-                }
+            turn(sums, NR, all, NR, of_image, ld);
             for (int64_t j = 0; j < std::min<int64_t>(NR, N - n); j++)
                 result.write(Tile<T>{of_image + j * ld, I * L, m, 0, rows, int(I * L)}, Place{n + j, 0, 0});
         }

@@ -21,7 +21,7 @@ template <class T, Memory MEMORY> struct WeightGradient {
     void run(T* dweight) const {
         if (s.N * s.P * s.Q == 0) return void(std::fill_n(dweight, s.O * s.C1 * taps, T{}));
         if constexpr (IN_STACKS<T>)
-            if (MEMORY == Memory::COLUMNS && has_few_places(s) && s.C1 >= Fma<S>::NR) return by_images(dweight);
+            if (MEMORY == Memory::COLUMNS && has_few_places<T>(s)) return by_images(dweight);
         if (ON_TILES<T> || Patches<T, MEMORY>{x, s.axis(0), s.axis(1)}.is_matrix()) patches(dweight);
         else if (!fills_tiles<T>(s.C1)) gathered(dweight);
         else if (!by_squares(dweight) && !by_taps<direct_micro<T>>(dweight)) by_taps<Fma<S>>(dweight);

@@ -154,14 +154,14 @@ def backward(
     for name, dy, heads in zip(("dq", "dk", "dv"), dys, (H, G, G)):
         if dy is not None:
             check_tensor(name, dy, x, (B, heads, T, D))
-    there = [i for i in range(3) if dys[i] is not None]
+    there = {i: dy for i, dy in enumerate(dys) if dy is not None}
     sizes = [len(weights[i]) for i in there]
     dz, begin = x.new_empty(B, T, sum(sizes)), 0
     nothing = x.new_empty((1, T, 0), dtype=statistics_dtype(x))
-    for i, size in zip(there, sizes):
+    for (i, dy), size in zip(there.items(), sizes):
         part = dz[..., begin : begin + size].unflatten(2, (size // D, D)).transpose(1, 2)
         tables = (nothing, nothing) if cos is None or sin is None or i == 2 else (cos, sin)
-        run_rope(dys[i], *tables, part, interleaved, True)  # type: ignore[arg-type]
+        run_rope(dy, *tables, part, interleaved, True)
         begin += size
     weight = torch.cat([weights[i] for i in there]) if there else q_weight[:0]
     wanted = need[0], any(need[1 + i] for i in there), any(need[4 + i] for i in there)

@@ -53,9 +53,6 @@ class DropoutAddLayerNorm(torch.nn.LayerNorm):
         return super().forward(total), total
 
 
-ROTARY = dlkernels.nn.RotaryPositions
-
-
 class RotaryPositions(dlkernels.nn.RotaryPositions):
     """Rotary positions in PyTorch's own calls: each head of x [B, H, T, D] beside the same with its halves swapped."""
 
@@ -83,8 +80,8 @@ def qkv(
     None where the namespace has no such kernel, or a layer is something else now or has a hook: then they are to be called, one by one.
     The kernel reads the layers' parameters and calls none of them.
     """
-    project = getattr(nn.functional, "qkv_projection", None)
-    turns = rotary is None or (forward_of(rotary) is ROTARY.forward and type(rotary).turn is ROTARY.turn)
+    project, ours = getattr(nn.functional, "qkv_projection", None), dlkernels.nn.RotaryPositions
+    turns = rotary is None or (forward_of(rotary) is ours.forward and type(rotary).turn is ours.turn)
     if project is None or not turns or not all(forward_of(layer) is LINEAR for layer in layers):
         return None
     cos, sin = (None, None) if rotary is None else rotary.tables(x, start)

@@ -43,6 +43,7 @@ from .qkv_projection_raw import forward as _forward
 
 __all__ = ["qkv_projection"]
 
+
 class _QKVProjection(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -94,9 +95,7 @@ def _unsupported(input: Tensor, weights: Any, biases: Any, cos: Tensor | None, s
     """Why the definition in PyTorch's own operations runs, or None where a kernel does. On the path of every call."""
     optional = (*zip(NAMES[1], biases), ("cos", cos), ("sin", sin))
     reason = unsupported(("input", input), *zip(NAMES[0], weights), optional=optional)
-    if reason is None and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (cos, sin)):
-        return "cos or sin requires grad; kernels have no gradient of the angles"
-    return reason
+    return _rope.learned_angles(cos, sin) if reason is None else reason
 
 
 def _misfit(input: Tensor, weights: Any, biases: Any, D: Any, cos: Tensor | None, sin: Tensor | None) -> str | None:

@@ -107,9 +107,12 @@ def _misfit(x: Tensor, cos: Tensor, sin: Tensor) -> str | None:
 def _unsupported(input: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> str | None:
     """Why the definition in PyTorch's own operations runs, or None where a kernel does."""
     reason = unsupported(("input", input), ("cos", cos), ("sin", sin))
-    if reason is not None:
-        return reason
-    if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
+    return learned_angles(cos, sin) if reason is None else reason
+
+
+def learned_angles(*tables: Tensor | None) -> str | None:
+    """Why no kernel takes these tables, if one of them is to get a gradient."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tables):
         return "cos or sin requires grad; kernels have no gradient of the angles"
     return None
 
