@@ -30,9 +30,6 @@ enum {  // scratch slots
 };
 
 template <class T> using Multiplier = std::conditional_t<std::is_same_v<T, bf16> && HAS_PAIR_DOT, PairDot<bf16>, Fma<compute_t<T>>>;
-template <class Micro> struct one_vector;  // the same with tiles of one vector, for what is left at the end of a row
-template <class E> struct one_vector<Fma<E>> { using type = Fma<E, 1>; };
-template <class E> struct one_vector<PairDot<E>> { using type = PairDot<E, 1>; };
 
 template <class T> struct Rows {  // of one head
     T* p;

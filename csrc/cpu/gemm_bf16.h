@@ -80,6 +80,7 @@ template <class E, int NV = ::NV> struct PairDot {
     static bool pack_a(Block<bf16> block, int rows, int kc, bf16* panel) { return pack_pairs<MR>(block, rows, kc, panel); }
     static bool pack_b(Block<bf16> block, int columns, int kc, bf16* panel) { return pack_pairs<NR>(block, columns, kc, panel); }
     static constexpr bool writes_exactly(int) { return true; }
+    static INLINE vec<float> multiply_add(vec<float> sum, Lane a, const Lane* row) { return dot_pairs(sum, pairs{} + a, load_raw<pairs>(row)); }
 
     template <int R, class A, class B>
     static void tile_of(int kc, A a, B b, float* c, int64_t ldc, bool add, const bf16* next) {
@@ -90,8 +91,7 @@ template <class E, int NV = ::NV> struct PairDot {
 #pragma GCC unroll 16
             for (int i = 0; i < R; i++)
 #pragma GCC unroll 8
-                for (int j = 0; j < NV; j++)
-                    acc[i][j] = dot_pairs(acc[i][j], pairs{} + a.of(column, i), load_raw<pairs>(row + j * VL<float>));
+                for (int j = 0; j < NV; j++) acc[i][j] = multiply_add(acc[i][j], a.of(column, i), row + j * VL<float>);
         }
         put(acc, c, ldc, add);
     }
@@ -103,6 +103,10 @@ template <class E, int NV = ::NV> struct PairDot {
         tile_at(rows, kc, lanes(a, MR), lanes(b, NR), c, ldc, add, next);
     }
 };
+
+template <class Micro> struct one_vector;  // the same with tiles of one vector, for what is left at the end of a row
+template <class E> struct one_vector<Fma<E>> { using type = Fma<E, 1>; };
+template <class E> struct one_vector<PairDot<E>> { using type = PairDot<E, 1>; };
 
 // ---- AMX: 32 x 32 of C in four tiles; PARTS bf16 per operand element ------------------------------------------------------------------
 // panel: for every 32 k, for every part, two tiles of 16 rows (A: [row][32 k]) or 16 columns (B: [pair of k][16 columns][2]).

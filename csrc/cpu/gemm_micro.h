@@ -154,6 +154,7 @@ template <class E, int NV = ::NV> struct Fma {
     static bool pack_a(Block<E> block, int rows, int kc, E* panel) { return pack<MR>(block, rows, kc, panel); }
     static bool pack_b(Block<E> block, int columns, int kc, E* panel) { return pack<NR>(block, columns, kc, panel); }
     static constexpr bool writes_exactly(int) { return true; }  // the tile touches only the rows it was asked for
+    static INLINE vec<E> multiply_add(vec<E> sum, E a, const E* row) { return sum + set(a) * load(row); }
 
     template <int R, class A, class B> static void tile_of(int kc, A a, B b, E* c, int64_t ldc, bool add, const E* next) {
         vec<E> acc[R][NV] = {};

@@ -141,6 +141,62 @@ void tile_product(int64_t M, int64_t N, int64_t K, const bf16* x, int64_t ldx, c
     });
 }
 
+// The same for some dozens of rows: the dense micro-kernel computes C transposed, w x^T. Its rows are those of w, where they lie; its columns
+// are x, packed once, for every thread. A strip of the result is turned while it is in the cache.
+template <class Micro, class Epilogue, class Parallel>
+void turned_product(int64_t M, int64_t N, int64_t K, const typename Micro::Element* x, int64_t ldx, const typename Micro::Element* w,
+                    int64_t ldw, const Epilogue& epilogue, const Parallel& parallel) {
+    using E = typename Micro::Element;
+    using Sum = typename Micro::Sum;
+    using Lane = typename Micro::Lane;
+    constexpr int L = VL<Sum>, MR = Micro::MR, NR = Micro::NR, KC = Micro::KC, STRIP = 8 * MR;
+    constexpr int64_t ALONE = 1 << 16;  // numbers of x up to which nobody helps to pack them
+    constexpr int64_t PER = sizeof(Lane) / sizeof(E);
+    static_assert(STRIP % L == 0);
+    int64_t wide = round_up(M, NR), deep = Micro::panel(NR, K);
+    E* panels = scratch<E, 1>(wide / NR * deep);
+    auto pack = [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i++)
+            for (int64_t k = 0, m = i * NR; k < K; k += KC)
+                Micro::pack_b({x + m * ldx + k, ldx, 1}, std::min<int64_t>(NR, M - m), std::min<int64_t>(KC, K - k),
+                              panels + i * deep + Micro::panel(NR, k));
+    };
+    if (M * K < ALONE) pack(0, wide / NR);
+    else parallel(wide / NR, pack);
+    bool apart = ldw * sizeof(E) % 4096;  // else a row's numbers would each drive those of another out of the L1 cache
+    parallel(round_up(N, L) / L, [&](int64_t begin, int64_t end) {
+        Sum* turned = scratch<Sum, 0>(STRIP * wide);
+        Sum* sums = scratch<Sum, 2>(round_up(M, L) * STRIP);
+        E* copy = scratch<E, 4>(apart ? 0 : MR * (KC + L));
+        for (int64_t n = begin * L; n < std::min(N, end * L); n += STRIP) {
+            int columns = std::min<int64_t>(STRIP, std::min(N, end * L) - n);
+            for (int64_t k = 0; k < K; k += KC)
+                for (int i = 0; i < columns; i += MR) {
+                    int rows = std::min(MR, columns - i), kc = std::min<int64_t>(KC, K - k);
+                    const E* from = w + (n + i) * ldw + k;
+                    int64_t step = ldw;
+                    if (!apart) {
+                        for (int r = 0; r < rows; r++) std::copy(from + r * ldw, from + r * ldw + kc, copy + r * (KC + L));
+                        from = copy, step = KC + L;
+                    }
+                    for (int64_t m = 0; m < wide; m += NR) {
+                        const E* with = panels + m / NR * deep + Micro::panel(NR, k);
+                        Micro::tile_at(rows, kc, Strided<Lane>{reinterpret_cast<const Lane*>(from), step / PER},
+                                       Spaced<Lane>{reinterpret_cast<const Lane*>(with), NR}, turned + i * wide + m, wide, k > 0, with);
+                    }
+                }
+            for (int i = 0; i < columns; i += L)
+                for (int64_t m = 0; m < M; m += L) {
+                    vec<Sum> square[L];
+                    for (int r = 0; r < L; r++) square[r] = load(turned + (i + r) * wide + m);
+                    transpose(square);
+                    for (int r = 0; r < L; r++) store(sums + (m + r) * STRIP + i, square[r]);
+                }
+            epilogue(Tile<Sum>{sums, STRIP, 0, n, int(M), columns});
+        }
+    });
+}
+
 // C[M, N] = epilogue(A B) where the columns of B are contiguous. Fma reads them as they lie; PairDot needs pairs of rows, so it packs a
 // panel at a time, which stays in the L1 cache.
 template <class Micro, class Epilogue, class Parallel>

@@ -63,10 +63,24 @@ template <class T> bool is_thin(int64_t M, int64_t K) {
     return M <= 4 || (M <= (WIDENED ? 32 : 64) && K >= 256);
 }
 
+// Whether x W^T is best computed transposed: x fills the vectors, and is small enough to stay in the L2 cache.
+template <class T> bool turns(int64_t M, int64_t N, int64_t K, Matrix<T> x, Matrix<T> weight) {
+    using Micro = typename micro_for<T, true>::type;
+    constexpr int64_t LARGEST = 512 << 10;  // bytes of x
+    int64_t odd = std::is_same_v<T, bf16> ? K | x.rs | weight.rs : 0;
+    return !HAS_TILES && std::is_same_v<typename Micro::Element, T> && x.cs == 1 && weight.cs == 1 && odd % 2 == 0 && N >= Micro::NR &&
+           K >= 64 && M * K * int64_t(sizeof(T)) <= LARGEST && 8 * M >= 7 * round_up(M, Micro::NR);
+}
+
 // out = epilogue(x W^T).
 template <class T, class Out, class F>
 void multiply_rows(int64_t M, int64_t N, int64_t K, Matrix<T> x, Matrix<T> weight, Out* out, const F& epilogue) {
     using E = element_of<T>;
+    if constexpr (!HAS_TILES && std::is_same_v<E, T>)
+        if (turns(M, N, K, x, weight)) {
+            using Micro = typename micro_for<T, true>::type;
+            return turned_product<Micro>(M, N, K, x.p, x.rs, weight.p, weight.rs, epilogue, split(M, N, K));
+        }
     if (x.cs != 1 || weight.cs != 1 || !is_thin<T>(M, K)) return multiply<T>(M, N, K, reader<E>(x), reader<E>(weight), out, epilogue);
     if constexpr (HAS_TILES && std::is_same_v<T, bf16>)
         if (M <= 32 && K > 0) return tile_product(M, N, K, x.p, x.rs, weight.p, weight.rs, epilogue, split(M, N, K));

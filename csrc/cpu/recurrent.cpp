@@ -1,12 +1,13 @@
-// One recurrent layer over whole sequences, forward: a = W_ih x + biases for some time steps at a time, one product, so that a is still in
-// the cache when the steps of recurrent.h read it.
+// One recurrent layer over whole sequences, forward. Where enough sequences run at once to make use of every weight that is read, W_ih x is
+// part of the steps of recurrent.h. Else it is one product for some time steps at a time, so that what it makes is still in the cache when the
+// steps read it.
 #include "recurrent_op.h"
 
 namespace {
 using namespace recurrent;
 
 constexpr const char* FORWARD = "recurrent_forward";
-constexpr int64_t TOKENS_AT_ONCE = 512;
+constexpr int64_t TOKENS_AT_ONCE = 512, MANY_SEQUENCES = 16;
 enum { INPUTS = 11, SUMS };  // scratch slots: a tensor costs a tiny step a tenth of its time
 
 // The only step of sequences of one token, in direction d: nothing to pack for.
@@ -39,7 +40,11 @@ template <class T, class Cell> void forward(const Layer& l, const Arrays<T>& to)
     Carried<T, Cell> carried(D, l.B, l.P, H, l.projected ? H : 0);
     Forward<T, Cell> run{l.tokens, to, carried, {}};
     std::vector<C> bias[2];
-    for (int64_t d = 0; d < D; d++) bias[d] = biases<T, Cell>(l, d, run.b_hn[d]);
+    for (int64_t d = 0; d < D; d++) bias[d] = biases<T, Cell>(l, d, run.b_hn[d]), run.bias[d] = bias[d].data();
+    if (T_ > 1 && l.B >= MANY_SEQUENCES) {
+        run.w = packed<T>(l, false, true), run.x = ::data<T>(l.x), run.I = I;
+        return l.each_share([&](const Share& s, Team& team, int64_t member) { run.steps(s, 0, T_, team, member); });
+    }
 
     int64_t steps = std::clamp<int64_t>(TOKENS_AT_ONCE / l.B, 1, T_), room = std::min(steps * l.B, N) * G * H;
     Tensor many = T_ > 1 ? empty(statistics_type(l.x), {D, room}) : Tensor();  // not kept: the backward needs room as well
@@ -60,14 +65,10 @@ template <class T, class Cell> void forward(const Layer& l, const Arrays<T>& to)
         return;
     }
     run.w = packed<T>(l, false);
-    auto all = shares(D, l.B, l.alone() ? 1 : threads());
     for (int64_t p = 0; p < T_; p += steps) {
         int64_t until = std::min(T_, p + steps);
         for (int64_t d = 0; d < D; d++) input(d, p, until);
-        auto some = [&](int64_t begin, int64_t end) {
-            for (int64_t i = begin; i < end; i++) run.steps(all[i], p, until);
-        };
-        parallel(int64_t(all.size()), some, l.alone());
+        l.each_share([&](const Share& s, Team& team, int64_t member) { run.steps(s, p, until, team, member); });
     }
 }
 

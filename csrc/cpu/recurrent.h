@@ -1,7 +1,7 @@
 // The steps of a recurrent layer: h = cell(W_hh h', ...) token after token, forward and backward.
 //
-// Sequences do not depend on one another, so every thread takes some of them, in one direction, through all of time: nobody waits. W_hh is
-// packed once and read by all. A step computes NR units at a time:
+// Sequences do not depend on one another, so every thread takes some of them, in one direction, through all of time: nobody waits, but where
+// there are more threads than sequences. W_hh is packed once and read by all. A step computes NR units at a time:
 //
 //              units u .. u + NR                       for every gate a tile of sums for all rows of h', which stay in the L1 cache;
 //           +----+----+----+----+                      then cells.h makes of them, of what W_ih x gave, and of the state, the new h,
@@ -17,6 +17,13 @@
 
 namespace recurrent {
 
+// How far apart rows of `numbers` lie that a product reads side by side: were they a multiple of 4096 bytes apart, their numbers would drive
+// one another out of the L1 cache.
+template <class E> int64_t row_length(int64_t numbers, int64_t step) {
+    int64_t length = round_up(numbers, step);
+    return length * sizeof(E) % 4096 ? length : length + step;
+}
+
 // What goes from step to step, for every row of a direction; twice, as a step reads what the one before wrote.
 template <class T, class Cell> struct Carried {
     using C = compute_t<T>;
@@ -27,7 +34,8 @@ template <class T, class Cell> struct Carried {
     std::vector<C> state;  // [D][B][H]
     std::vector<E> inner;  // [D][B][W]: what goes into the product with W_hr, o tanh(c) or dh; it does not outlive a step
     Carried(int64_t D, int64_t B, int64_t numbers, int64_t units, int64_t projected)
-        : B(B), K(round_up(numbers, Micro::NR)), H(round_up(units, Micro::NR)), W(round_up(projected, Micro::NR)), rows(D * 2 * B * K),
+        : B(B), K(row_length<E>(numbers, Micro::NR)), H(round_up(units, Micro::NR)),
+          W(projected ? row_length<E>(projected, Micro::NR) : 0), rows(D * 2 * B * K),
           state(Cell::HAS_STATE ? D * B * H : 0), inner(D * B * W) {}
     E* inner_row(const Share& s, int64_t j = 0) { return inner.data() + (s.d * B + s.base + j) * W; }
     E* row(const Share& s, int64_t p, int64_t j = 0) { return rows.data() + ((s.d * 2 + (p & 1)) * B + s.base + j) * K; }
@@ -70,8 +78,13 @@ template <class T, class Cell> struct Forward {
     State& carried;
     const C* b_hn[2];  // of a GRU
     StepWeights<step_micro<T>> w = {};
-    const C* input[2] = {};  // W_ih x + biases of the tokens from `first` on, for each direction: [tokens][GATES H]
+    const C* bias[2] = {};  // of a direction, b_ih and b_hh as one: [GATES H]
+    // Where W_ih x of many tokens is one product before the steps: it and the biases, of the tokens from `first` on: [tokens][GATES H].
+    const C* input[2] = {};
     int64_t first[2] = {};
+    // Where it is part of every step: x, [N][I].
+    const T* x = nullptr;
+    int64_t I = 0;
 
     static constexpr int G = Cell::GATES, KEPT = Cell::KEPT;
 
@@ -109,7 +122,7 @@ template <class T, class Cell> struct Forward {
         for (int64_t j = j0; j < j1; j++) {
             int64_t b = s.sequence(j), n = tokens.offset[t] + b, place = (n * D + d) * H, end = (d * tokens.B + b) * H;
             bool last = tokens.beside(t, b, d == 0) < 0;
-            const C* a_n = input[d] + (n - first[d]) * G * H;
+            const C* a_n = input[d] ? input[d] + (n - first[d]) * G * H : bias[d];
             Output out = carried.W ? Output{nullptr, nullptr, carried.inner_row(s, j)} : output(s, t, p, j, last);
             // Two vectors at a time: while the last formulas of one wait for those before them, there is the other to compute.
             auto vectors = [&](int64_t u, int lanes, auto count) INLINE {
@@ -120,6 +133,7 @@ template <class T, class Cell> struct Forward {
                     int64_t at = u + v * VL<C>;
                     V a[G], s_[G];
                     for (int g = 0; g < G; g++) a[g] = load(a_n + g * H + at, lanes), s_[g] = sums.at(j, g, at - u0, lanes);
+                    if (Cell::SPLIT && !input[d]) a[G - 1] += sums.at(j, G, at - u0, lanes);
                     if constexpr (Cell::HAS_STATE) state[v] = load(carried.state_of(s, j) + at);
                     Cell::forward(a, s_, Cell::SPLIT && b_hn[d] ? load(b_hn[d] + at, lanes) : V{}, state[v], kept[v]);
                 }
@@ -153,28 +167,54 @@ template <class T, class Cell> struct Forward {
     void fetch_units(const Share& s, int64_t t, int64_t n, int64_t u, int64_t units) const {
         for (int64_t j = 0; j < n; j++) {
             int64_t token = tokens.offset[t] + s.sequence(j), place = (token * to.D + s.d) * to.H;
-            fetch(input[s.d] + (token - first[s.d]) * G * to.H + u, G, to.H, units);
+            if (input[s.d]) fetch(input[s.d] + (token - first[s.d]) * G * to.H + u, G, to.H, units);
+            if (!carried.W) fetch<true>(to.y + place + u, 1, 0, units);
             if (to.gates) fetch<true>(to.gates + place * KEPT + u, KEPT, to.H, units);
             if (to.cells) fetch<true>(to.cells + place + u, 1, 0, units);
         }
     }
-    // Steps [p0, p1) of a share, in its own order.
-    void steps(const Share& s, int64_t p0, int64_t p1) const {
-        constexpr int NR = Panels<step_micro<T>>::NR;
-        C* sums = scratch<C, 0>(s.count * G * NR);
-        bool up = s.d == 0;
+    // The sums of a block of units for n rows: of x, if W_ih is part of the step, and of h. Those of a GRU's last gate stay apart.
+    void multiply(const Share& s, int64_t p, int64_t n, int64_t b, const typename State::E* rows_of_x, int64_t ldx, C* sums) const {
+        constexpr int64_t NR = State::Micro::NR, WIDE = (G + Cell::SPLIT) * NR, ADDED = Cell::SPLIT ? G - 1 : G;
+        const auto &hh = w.hh[s.d], &ih = w.ih[s.d];
+        if (rows_of_x) {
+            ih.multiply(n, rows_of_x, ldx, b, 0, ADDED, sums, WIDE);
+            ih.multiply(n, rows_of_x, ldx, b, ADDED, G, sums + G * NR, WIDE);
+        }
+        hh.multiply(n, carried.row(s, p), carried.K, b, 0, ADDED, sums, WIDE, rows_of_x);
+        hh.multiply(n, carried.row(s, p), carried.K, b, ADDED, G, sums + ADDED * NR, WIDE);
+    }
+    // x of the first n rows at step t, where they stay in the cache.
+    void copy_x(const Share& s, int64_t t, int64_t n, typename State::E* to, int64_t ld) const {
+        for (int64_t j = 0; j < n; j++) {
+            const T* from = x + (tokens.offset[t] + s.sequence(j)) * I;
+            for (int64_t i = 0; i < ld; i += VL<C>) store(to + j * ld + i, load(from + i, int(std::clamp<int64_t>(I - i, 0, VL<C>))));
+        }
+    }
+    // Rows of a share that have a token at its p-th step.
+    int64_t running(const Share& s, int64_t p) const { return s.running(tokens.size[tokens.step(s.d == 0, p)]); }
+    // Steps [p0, p1) of a share, in its own order, by one of its team.
+    void steps(const Share& s, int64_t p0, int64_t p1, Team& team, int64_t member) const {
+        constexpr int64_t NR = State::Micro::NR, WIDE = (G + Cell::SPLIT) * NR;
+        const int64_t blocks = w.hh[s.d].blocks(), members = team.members(), ldx = row_length<typename State::E>(I, NR);
+        C* sums = scratch<C, 0>(s.count * WIDE);
+        auto rows_of_x = x ? scratch<typename State::E, 1>(s.count * ldx) : nullptr;
+        if (p0 == 0) team.go(member, 0, [&](int64_t piece) { if (piece == 0) begin(s, 0, 0, running(s, 0)); });
         for (int64_t p = p0; p < p1; p++) {
-            int64_t t = tokens.step(up, p), n = s.running(tokens.size[t]);
-            begin(s, p, p == 0 ? 0 : s.running(tokens.size[tokens.step(up, p - 1)]), n);
-            for (int64_t b = 0; b < w.hh[s.d].blocks(); b++) {
-                fetch_units(s, t, n, b * NR, std::min<int64_t>(NR, to.H - b * NR));
-                w.hh[s.d].multiply(n, carried.row(s, p), carried.K, b, sums);
-                units(s, t, p, 0, n, b * NR, std::min(to.H, (b + 1) * NR), {sums, G * NR, NR});
-            }
-            for (int64_t b = 0; b < w.hr[s.d].blocks(); b++) {
-                w.hr[s.d].multiply(n, carried.inner_row(s), carried.W, b, sums);
-                outputs(s, t, p, n, b * NR, std::min(to.P, (b + 1) * NR), {sums, NR, NR});
-            }
+            int64_t t = tokens.step(s.d == 0, p), n = running(s, p);
+            if (x) copy_x(s, t, n, rows_of_x, ldx);
+            team.go(member, p - p0 + (p0 == 0), [&](int64_t piece) {
+                for (int64_t b = blocks * piece / members; b < blocks * (piece + 1) / members; b++) {
+                    fetch_units(s, t, n, b * NR, std::min<int64_t>(NR, to.H - b * NR));
+                    multiply(s, p, n, b, rows_of_x, ldx, sums);
+                    units(s, t, p, 0, n, b * NR, std::min(to.H, (b + 1) * NR), {sums, WIDE, NR});
+                }
+                for (int64_t b = 0; b < w.hr[s.d].blocks(); b++) {  // of all units at once: a team of one
+                    w.hr[s.d].multiply(n, carried.inner_row(s), carried.W, b, 0, 1, sums, NR);
+                    outputs(s, t, p, n, b * NR, std::min(to.P, (b + 1) * NR), {sums, NR, NR});
+                }
+                if (piece == 0 && p + 1 < tokens.T) begin(s, p + 1, n, running(s, p + 1));
+            });
         }
     }
 };
@@ -264,25 +304,31 @@ template <class T, class Cell> struct Backward {
             fetch<true>(of.da + place * G + u, G, of.H, units);
         }
     }
-    // All steps of a share, from the last to the first, and one more for h0.
-    void steps(const Share& s) const {
-        constexpr int NR = Panels<step_micro<T>>::NR;
-        C* sums = scratch<C, 0>(s.count * NR);
-        bool up = s.d == 1;
+    // All steps of a share, from the last to the first, and one more for h0, by one of its team.
+    void steps(const Share& s, Team& team, int64_t member) const {
+        using Weights = Panels<step_micro<T>>;
+        constexpr int NR = Weights::NR;
+        const int64_t blocks = w.hh[s.d].blocks(), members = team.members();
+        const int64_t wide = s.count < Weights::FEW ? std::min<int64_t>(Weights::TOGETHER, ceil_div(blocks, members)) : 1;
+        C* sums = scratch<C, 0>(s.count * wide * NR);
         for (int64_t p = 0, known = 0; p <= tokens.T; p++) {
-            int64_t t = p < tokens.T ? tokens.step(up, p) : 0, running = p < tokens.T ? s.running(tokens.size[t]) : 0;
+            int64_t t = p < tokens.T ? tokens.step(s.d == 1, p) : 0, running = p < tokens.T ? s.running(tokens.size[t]) : 0;
             int64_t rows = std::max(known, running);
-            for (int64_t b = 0, u = 0; b < w.hh[s.d].blocks(); b++, u += NR) {
-                if (running && !carried.W) fetch_units(s, t, running, u, std::min<int64_t>(NR, of.H - u));
-                if (known) w.hh[s.d].multiply(known, carried.row(s, p - 1), carried.K, b, sums);
-                if (carried.W) outputs(s, t, rows, known, running, u, std::min(of.P, u + NR), {sums, NR, NR});
-                else units(s, t, p, 0, rows, known, running, u, std::min(of.H, u + NR), {sums, NR, NR});
-            }
-            for (int64_t b = 0, u = 0; b < w.hr[s.d].blocks(); b++, u += NR) {
-                if (running) fetch_units(s, t, running, u, std::min<int64_t>(NR, of.H - u));
-                w.hr[s.d].multiply(running, carried.inner_row(s), carried.W, b, sums);
-                units(s, t, p, 0, rows, known, running, u, std::min(of.H, u + NR), {sums, NR, NR});
-            }
+            team.go(member, p, [&](int64_t piece) {
+                for (int64_t b = blocks * piece / members, end = blocks * (piece + 1) / members; b < end; b += wide) {
+                    int64_t count = std::min(wide, end - b), u = b * NR;
+                    Sums<C> found{sums, count * NR, NR};
+                    if (running && !carried.W) fetch_units(s, t, running, u, std::min(count * NR, of.H - u));
+                    if (known) w.hh[s.d].multiply(known, carried.row(s, p - 1), carried.K, b, 0, count, sums, count * NR);
+                    if (carried.W) outputs(s, t, rows, known, running, u, std::min(of.P, u + count * NR), found);
+                    else units(s, t, p, 0, rows, known, running, u, std::min(of.H, u + count * NR), found);
+                }
+                for (int64_t b = 0, u = 0; b < w.hr[s.d].blocks(); b++, u += NR) {  // of all units at once: a team of one
+                    if (running) fetch_units(s, t, running, u, std::min<int64_t>(NR, of.H - u));
+                    w.hr[s.d].multiply(running, carried.inner_row(s), carried.W, b, 0, 1, sums, NR);
+                    units(s, t, p, 0, rows, known, running, u, std::min(of.H, u + NR), {sums, NR, NR});
+                }
+            });
             known = running;
         }
     }

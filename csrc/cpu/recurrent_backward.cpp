@@ -143,11 +143,7 @@ template <class T, class Cell> void steps_back(const Layer& l, const Arrays<T>& 
         return;
     }
     run.w = packed<T>(l, true);
-    auto all = shares(D, l.B, l.alone() ? 1 : threads());
-    auto some = [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; i++) run.steps(all[i]);
-    };
-    parallel(int64_t(all.size()), some, l.alone());
+    l.each_share([&](const Share& s, Team& team, int64_t member) { run.steps(s, team, member); });
 }
 
 // dx = sum over the directions of da W_ih: one product, with the weights of both directions below each other.

@@ -1,5 +1,6 @@
 // The arguments of one recurrent layer, which both ways share, checked.
 #pragma once
+#include <deque>
 #include <string>
 
 #include "recurrent.h"
@@ -82,6 +83,17 @@ struct Layer {
     bool empty() const { return N == 0 || B == 0 || H == 0 || P == 0; }
     bool biased() const { return each >= 4; }
     bool alone() const { return double(N) * D * G * H * P < SERIAL; }  // too little to share out
+    // Go through all shares: steps(share, team, member).
+    template <class Steps> void each_share(const Steps& steps) const {
+        auto all = shares(D, B, alone() ? 1 : threads());
+        int64_t count = int64_t(all.size()), members = alone() || projected ? 1 : team_size(count, threads(), ceil_div(D * B, count) * G * H * H);
+        std::deque<Team> teams;
+        for (int64_t i = 0; i < count; i++) teams.emplace_back(members);
+        auto some = [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; i++) steps(all[i / members], teams[i / members], i % members);
+        };
+        parallel(count * members, some, alone());
+    }
     const Tensor& weight(int64_t d, int64_t i) const { return weights[d * each + i]; }
     template <class T> Arrays<T> arrays() const {
         Arrays<T> a{};
@@ -89,15 +101,16 @@ struct Layer {
         return a;
     }
 };
-// The weights of the steps, packed in scratch of this thread.
-template <class T> StepWeights<step_micro<T>> packed(const Layer& l, bool back) {
+// The weights of the steps, packed in scratch of this thread; with W_ih, if it is part of every step.
+template <class T> StepWeights<step_micro<T>> packed(const Layer& l, bool back, bool input = false) {
     using E = typename step_micro<T>::Element;
     StepWeights<step_micro<T>> w;
     for (int64_t d = 0; d < l.D; d++) {
         w.hh[d] = back ? Panels<step_micro<T>>{l.P, l.G * l.H, 1} : Panels<step_micro<T>>{l.H, l.P, l.G};
+        if (input) w.ih[d] = {l.H, l.I, l.G};
         if (l.projected) w.hr[d] = back ? Panels<step_micro<T>>{l.H, l.P, 1} : Panels<step_micro<T>>{l.P, l.H, 1};
     }
-    E* room = scratch<E, 10>(l.D * (w.hh[0].room() + w.hr[0].room()));
+    E* room = scratch<E, 10>(l.D * (w.hh[0].room() + w.hr[0].room() + w.ih[0].room()));
     auto pack = [&](Panels<step_micro<T>>& panels, Matrix<T> weight) {
         panels.p = room, room += panels.room();
         if (back) weight = weight.transposed();
@@ -105,6 +118,7 @@ template <class T> StepWeights<step_micro<T>> packed(const Layer& l, bool back) 
     };
     for (int64_t d = 0; d < l.D; d++) {
         pack(w.hh[d], matrix<T>(l.weight(d, 1)));
+        if (input) pack(w.ih[d], matrix<T>(l.weight(d, 0)));
         if (l.projected) pack(w.hr[d], matrix<T>(l.weight(d, l.each - 1)));
     }
     return w;

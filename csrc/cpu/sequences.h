@@ -1,5 +1,7 @@
 // What a recurrent layer goes through: where tokens lie, who takes which sequences, and W_hh in panels.
 #pragma once
+#include <atomic>
+#include <thread>
 #include <vector>
 
 #include "product.h"
@@ -40,6 +42,43 @@ inline std::vector<Share> shares(int64_t D, int64_t B, int64_t threads) {
     return all;
 }
 
+// The threads that go through one share together, where there are more threads than shares: each computes some units of every step, with
+// weights that stay in its own cache, and waits until the others have theirs. Who has waited for long computes what nobody has begun, so that
+// all goes on where a thread comes late or never.
+class Team {
+    struct alignas(64) Piece {
+        std::atomic<int64_t> next = 0;  // the number of the step that it is to be computed for
+    };
+    std::vector<Piece> pieces;
+    alignas(64) std::atomic<int64_t> done = 0;  // pieces, of all steps
+
+  public:
+    explicit Team(int64_t members) : pieces(members) {}
+    int64_t members() const { return int64_t(pieces.size()); }
+    // One of the members at step number `step`, counted from 0: compute(piece) for its own piece, until those of all are there.
+    template <class Compute> void go(int64_t member, int64_t step, const Compute& compute) {
+        constexpr int LONG = 1 << 12;
+        if (members() == 1) return compute(0);
+        auto take = [&](int64_t i) {
+            int64_t expected = step;
+            if (!pieces[i].next.compare_exchange_strong(expected, step + 1)) return;
+            compute(i);
+            done.fetch_add(1, std::memory_order_release);
+        };
+        take(member);
+        for (int looks = 1; done.load(std::memory_order_acquire) < (step + 1) * members(); looks++)
+            if (looks % LONG == 0) {
+                for (int64_t i = 0; i < members(); i++) take(i);
+                std::this_thread::yield();
+            }
+    }
+};
+// How many threads each share gets, where a step takes `work` multiply-adds: to wait for one another has to pay.
+inline int64_t team_size(int64_t shares, int64_t threads, int64_t work) {
+    constexpr int64_t PAYS = 1 << 16;
+    return std::clamp<int64_t>(threads / shares, 1, std::max<int64_t>(1, work / PAYS));
+}
+
 // W in panels: for every NR units, for every KC of k, one for each gate.
 template <class Micro> struct Panels {
     using E = typename Micro::Element;
@@ -70,27 +109,72 @@ template <class Micro> struct Panels {
         };
         parallel(blocks(), some, units * K * gates <= SERIAL_NUMBERS);
     }
-    // sums[j][gate NR + i] = sum_k a[j][k] W[unit i of block b][k] for n rows of a
-    void multiply(int64_t n, const E* a, int64_t lda, int64_t b, Sum* sums) const {
+    // Panels [i0, i1), counted from the first gate of block b on, each multiplied with n rows of a: (i0 + i)'s sums for row j go to
+    // sums[j * ld + i NR], or are added to what is there.
+    void multiply(int64_t n, const E* a, int64_t lda, int64_t b, int64_t i0, int64_t i1, Sum* sums, int64_t ld, bool add = false) const {
         constexpr int64_t PER = sizeof(Lane) / sizeof(E);
-        const E* panel = p + b * block();
-        for (int64_t k = 0; k < K; k += KC)
-            for (int g = 0; g < gates; g++) {
-                int kc = std::min<int64_t>(KC, K - k);
-                const E* next = panel + Micro::panel(NR, kc);
-                for (int64_t j = 0; j < n; j += MR) {
-                    Strided<Lane> rows{reinterpret_cast<const Lane*>(a + j * lda + k), lda / PER};
-                    Spaced<Lane> columns{reinterpret_cast<const Lane*>(panel), NR};
-                    Micro::tile_at(std::min<int64_t>(MR, n - j), kc, rows, columns, sums + (j * gates + g) * NR, gates * NR, k > 0, next);
-                }
-                panel = next;
+        for (int64_t k = 0; k < K; k += KC, add = true) {
+            int kc = std::min<int64_t>(KC, K - k);
+            auto panel = [&](int64_t i) {
+                return p + (b + i / gates) * block() + gates * Micro::panel(NR, k) + i % gates * Micro::panel(NR, kc);
+            };
+            Strided<Lane> rows{reinterpret_cast<const Lane*>(a + k), lda / PER};
+            if (n < FEW) {
+                few_rows(n, kc, rows, panel, i0, i1, sums, ld, add);
+                continue;
             }
+            for (int64_t i = i0; i < i1; i++)
+                for (int64_t j = 0; j < n; j += MR) {
+                    Strided<Lane> some{rows.p + j * rows.step, rows.step};
+                    Spaced<Lane> columns{reinterpret_cast<const Lane*>(panel(i)), NR};
+                    const E* next = panel(i) + Micro::panel(NR, kc);
+                    auto tile = [&](auto micro) {
+                        micro.tile_at(std::min<int64_t>(MR, n - j), kc, some, columns, sums + j * ld + (i - i0) * NR, ld, add, next);
+                    };
+                    if (units - (b + i / gates) * NR > VL<Sum>) tile(Micro{});
+                    else tile(typename one_vector<Micro>::type{});
+                }
+        }
+    }
+
+    // A few rows give the tile too few sums to add to while it waits for the last addition: several panels side by side give more.
+    static constexpr int FEW = 4, TOGETHER = 4, VECTORS = NR / VL<Sum>;
+    template <class Panel>
+    static void few_rows(int64_t n, int kc, Strided<Lane> rows, const Panel& panel, int64_t i0, int64_t i1, Sum* sums, int64_t ld, bool add) {
+        for (int64_t i = i0; i < i1; i += TOGETHER) {
+            const Lane* w[TOGETHER];
+            int many = std::min<int64_t>(TOGETHER, i1 - i);
+            for (int q = 0; q < many; q++) w[q] = reinterpret_cast<const Lane*>(panel(i + q));
+            auto with = [&](auto R, auto P) { together<R, P>(kc, rows, w, sums + (i - i0) * NR, ld, add); };
+            auto panels = [&](auto R) {
+                if (many == 4) with(R, std::integral_constant<int, 4>{});
+                else if (many == 3) with(R, std::integral_constant<int, 3>{});
+                else if (many == 2) with(R, std::integral_constant<int, 2>{});
+                else with(R, std::integral_constant<int, 1>{});
+            };
+            if (n == 1) panels(std::integral_constant<int, 1>{});
+            else if (n == 2) panels(std::integral_constant<int, 2>{});
+            else panels(std::integral_constant<int, 3>{});
+        }
+    }
+    template <int R, int P> static void together(int kc, Strided<Lane> rows, const Lane* const* w, Sum* sums, int64_t ld, bool add) {
+        vec<Sum> acc[R][P * VECTORS] = {};
+        for (int k = 0; k < ceil_div(kc, int(sizeof(Lane) / sizeof(E))); k++)
+#pragma GCC unroll 4
+            for (int q = 0; q < P; q++)
+#pragma GCC unroll 8
+                for (int v = 0; v < VECTORS; v++)
+#pragma GCC unroll 4
+                    for (int r = 0; r < R; r++)
+                        acc[r][q * VECTORS + v] = Micro::multiply_add(acc[r][q * VECTORS + v], rows.of(rows[k], r), w[q] + k * NR + v * VL<Sum>);
+        put(acc, sums, ld, add);
     }
 };
 
 // What the steps multiply with, for each direction: W_hh and, where h is projected, W_hr; as they are or, for the way back, transposed.
+// Forward, where many sequences run at once, W_ih too.
 template <class Micro> struct StepWeights {
-    Panels<Micro> hh[2] = {}, hr[2] = {};
+    Panels<Micro> hh[2] = {}, hr[2] = {}, ih[2] = {};
 };
 
 }  // namespace recurrent
