@@ -3,6 +3,7 @@
 //
 //   dot    B's k is contiguous (y = x W^T): vectors run along k; DM x DN running sums, added across their lanes at the end
 //   tiles  the same on AMX: 32 rows of w are the tiles' rows, straight from memory, and the few rows of x their packed columns
+//   turned  rows enough to fill vectors: the dense micro-kernel computes C transposed
 //   sweep  B's columns are contiguous (dx = dz W): a few rows of B at a time sweep over C, which stays in the cache
 #pragma once
 #include "gemm.h"
@@ -141,49 +142,52 @@ void tile_product(int64_t M, int64_t N, int64_t K, const bf16* x, int64_t ldx, c
     });
 }
 
-// The same for some dozens of rows: the dense micro-kernel computes C transposed, w x^T. Its rows are those of w, where they lie; its columns
-// are x, packed once, for every thread. A strip of the result is turned while it is in the cache.
+// C[M, N] = epilogue(A w^T) for some dozens of rows: the dense micro-kernel computes C transposed, w A^T. Its rows are those of w, where
+// they lie; its columns are A, packed once, for every thread. A strip of the result is turned while it is in the cache.
 template <class Micro, class Epilogue, class Parallel>
-void turned_product(int64_t M, int64_t N, int64_t K, const typename Micro::Element* x, int64_t ldx, const typename Micro::Element* w,
-                    int64_t ldw, const Epilogue& epilogue, const Parallel& parallel) {
+void turned_product(int64_t M, int64_t N, int64_t K, Reader<typename Micro::Element> A, Block<typename Micro::Element> w,
+                    const Epilogue& epilogue, const Parallel& parallel) {
     using E = typename Micro::Element;
     using Sum = typename Micro::Sum;
     using Lane = typename Micro::Lane;
     constexpr int L = VL<Sum>, MR = Micro::MR, NR = Micro::NR, KC = Micro::KC, STRIP = 8 * MR;
-    constexpr int64_t ALONE = 1 << 16;  // numbers of x up to which nobody helps to pack them
-    constexpr int64_t PER = sizeof(Lane) / sizeof(E);
+    constexpr int64_t PER = sizeof(Lane) / sizeof(E), ALONE = 1 << 16;  // numbers of A up to which nobody helps to pack them
     static_assert(STRIP % L == 0);
-    int64_t wide = round_up(M, NR), deep = Micro::panel(NR, K);
+    const int64_t wide = round_up(M, NR), deep = Micro::panel(NR, K);
     E* panels = scratch<E, 1>(wide / NR * deep);
     auto pack = [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; i++)
-            for (int64_t k = 0, m = i * NR; k < K; k += KC)
-                Micro::pack_b({x + m * ldx + k, ldx, 1}, std::min<int64_t>(NR, M - m), std::min<int64_t>(KC, K - k),
-                              panels + i * deep + Micro::panel(NR, k));
+            for (int64_t k = 0; k < K; k += KC) {
+                int rows = std::min<int64_t>(NR, M - i * NR), kc = std::min<int64_t>(KC, K - k);
+                Micro::pack_b(A(i * NR, rows, k, kc), rows, kc, panels + i * deep + Micro::panel(NR, k));
+            }
     };
     if (M * K < ALONE) pack(0, wide / NR);
     else parallel(wide / NR, pack);
-    bool apart = ldw * sizeof(E) % 4096;  // else a row's numbers would each drive those of another out of the L1 cache
+    const bool collide = w.ks == 1 && w.rs * sizeof(E) % 4096 == 0;  // numbers of different rows would drive one another out of L1
     parallel(round_up(N, L) / L, [&](int64_t begin, int64_t end) {
         Sum* turned = scratch<Sum, 0>(STRIP * wide);
         Sum* sums = scratch<Sum, 2>(round_up(M, L) * STRIP);
-        E* copy = scratch<E, 4>(apart ? 0 : MR * (KC + L));
+        E* copy = scratch<E, 4>(collide ? MR * (KC + L) : 0);
         for (int64_t n = begin * L; n < std::min(N, end * L); n += STRIP) {
             int columns = std::min<int64_t>(STRIP, std::min(N, end * L) - n);
             for (int64_t k = 0; k < K; k += KC)
                 for (int i = 0; i < columns; i += MR) {
                     int rows = std::min(MR, columns - i), kc = std::min<int64_t>(KC, K - k);
-                    const E* from = w + (n + i) * ldw + k;
-                    int64_t step = ldw;
-                    if (!apart) {
-                        for (int r = 0; r < rows; r++) std::copy(from + r * ldw, from + r * ldw + kc, copy + r * (KC + L));
-                        from = copy, step = KC + L;
+                    auto tiles = [&](auto rows_of_w) {
+                        for (int64_t m = 0; m < wide; m += NR) {
+                            const E* panel = panels + m / NR * deep + Micro::panel(NR, k);
+                            Micro::tile_at(rows, kc, rows_of_w, Spaced<Lane>{reinterpret_cast<const Lane*>(panel), NR},
+                                           turned + i * wide + m, wide, k > 0, panel);
+                        }
+                    };
+                    Block<E> some{w.p + (n + i) * w.rs + k * w.ks, w.rs, w.ks};
+                    if (collide) {
+                        for (int r = 0; r < rows; r++) std::copy(some.p + r * w.rs, some.p + r * w.rs + kc, copy + r * (KC + L));
+                        some = {copy, KC + L, 1};
                     }
-                    for (int64_t m = 0; m < wide; m += NR) {
-                        const E* with = panels + m / NR * deep + Micro::panel(NR, k);
-                        Micro::tile_at(rows, kc, Strided<Lane>{reinterpret_cast<const Lane*>(from), step / PER},
-                                       Spaced<Lane>{reinterpret_cast<const Lane*>(with), NR}, turned + i * wide + m, wide, k > 0, with);
-                    }
+                    if (w.ks == 1) tiles(Strided<Lane>{reinterpret_cast<const Lane*>(some.p), some.rs / PER});
+                    else if constexpr (PER == 1) tiles(Spaced<Lane>{some.p, some.ks});
                 }
             for (int i = 0; i < columns; i += L)
                 for (int64_t m = 0; m < M; m += L) {

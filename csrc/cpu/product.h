@@ -63,24 +63,26 @@ template <class T> bool is_thin(int64_t M, int64_t K) {
     return M <= 4 || (M <= (WIDENED ? 32 : 64) && K >= 256);
 }
 
-// Whether x W^T is best computed transposed: x fills the vectors, and is small enough to stay in the L2 cache.
-template <class T> bool turns(int64_t M, int64_t N, int64_t K, Matrix<T> x, Matrix<T> weight) {
-    using Micro = typename micro_for<T, true>::type;
-    constexpr int64_t LARGEST = 512 << 10;  // bytes of x
-    int64_t odd = std::is_same_v<T, bf16> ? K | x.rs | weight.rs : 0;
-    return !HAS_TILES && std::is_same_v<typename Micro::Element, T> && x.cs == 1 && weight.cs == 1 && odd % 2 == 0 && N >= Micro::NR &&
-           K >= 64 && M * K * int64_t(sizeof(T)) <= LARGEST && 8 * M >= 7 * round_up(M, Micro::NR);
+// Whether A w^T is best computed transposed, with w where it lies: A fills the vectors, and is small enough to stay in the L2 cache. The rows
+// of w are contiguous or, unless its numbers are taken in pairs, its columns.
+template <class T> constexpr bool CAN_TURN = !HAS_TILES && std::is_same_v<element_of<T>, T>;
+template <class T> bool turns(int64_t M, int64_t N, int64_t K, Matrix<T> w) {
+    constexpr int64_t NR = micro_for<T, true>::type::NR, LARGEST = 512 << 10;  // bytes of A
+    if constexpr (!CAN_TURN<T>) return false;
+    if (std::is_same_v<T, bf16> && ((K | w.rs) % 2 || w.cs != 1)) return false;
+    if (w.cs != 1 && w.cs * sizeof(T) % 2048 == 0 && K > 256 && M > NR) return false;  // its lines would compete for the same places in L2
+    return N >= NR && K >= 64 && M * K * int64_t(sizeof(T)) <= LARGEST && 8 * M >= 7 * round_up(M, NR);
+}
+template <class T, class F> void multiply_turned(int64_t M, int64_t N, int64_t K, Reader<T> A, Matrix<T> w, const F& epilogue) {
+    turned_product<typename micro_for<T, true>::type>(M, N, K, A, {w.p, w.rs, w.cs}, epilogue, split(M, N, K));
 }
 
 // out = epilogue(x W^T).
 template <class T, class Out, class F>
 void multiply_rows(int64_t M, int64_t N, int64_t K, Matrix<T> x, Matrix<T> weight, Out* out, const F& epilogue) {
     using E = element_of<T>;
-    if constexpr (!HAS_TILES && std::is_same_v<E, T>)
-        if (turns(M, N, K, x, weight)) {
-            using Micro = typename micro_for<T, true>::type;
-            return turned_product<Micro>(M, N, K, x.p, x.rs, weight.p, weight.rs, epilogue, split(M, N, K));
-        }
+    if constexpr (CAN_TURN<T>)
+        if (turns(M, N, K, weight)) return multiply_turned<T>(M, N, K, reader<T>(x), weight, epilogue);
     if (x.cs != 1 || weight.cs != 1 || !is_thin<T>(M, K)) return multiply<T>(M, N, K, reader<E>(x), reader<E>(weight), out, epilogue);
     if constexpr (HAS_TILES && std::is_same_v<T, bf16>)
         if (M <= 32 && K > 0) return tile_product(M, N, K, x.p, x.rs, weight.p, weight.rs, epilogue, split(M, N, K));
@@ -102,6 +104,8 @@ void multiply_columns(int64_t M, int64_t N, int64_t K, const FA& A, const FB& B,
 }
 template <class T, class FA, class Out, class F>
 void multiply_columns(int64_t M, int64_t N, int64_t K, const FA& A, Matrix<T> weight, Out* out, const F& epilogue) {
+    if constexpr (CAN_TURN<T>)
+        if (turns(M, N, K, weight.transposed())) return multiply_turned<T>(M, N, K, A(T{}), weight.transposed(), epilogue);
     auto B = [=](auto element) { return reader<decltype(element)>(weight.transposed()); };
     multiply_columns<T>(M, N, K, A, B, weight.cs == 1, out, epilogue);
 }
