@@ -50,7 +50,8 @@ def edges() -> list[tuple[int, int, int]]:
     if SMALL:
         return [(15, 3, 17), (16, 32, 32), (17, 33, 33), (33, 65, 31)]
     alone = [(m, 5, 19) for m in M] + [(7, 5, n) for n in N] + [(7, k, 19) for k in K]
-    return alone + list(product([1, 6, 7, 13, 29], [1, 2, 33, 257], [1, 16, 33, 65])) + [(130, 1030, 515)]
+    batches = [(M, K, N) for M in (15, 28, 60, 96) for K, N in [(64, 32), (65, 50), (66, 113), (400, 230), (1024, 70), (300, 512)]]
+    return alone + batches + list(product([1, 6, 7, 13, 29], [1, 2, 33, 257], [1, 16, 33, 65])) + [(130, 1030, 515)]
 
 
 @pytest.mark.isa
@@ -65,7 +66,7 @@ def test_block_edges_are_exact(dtype: torch.dtype) -> None:
 @pytest.mark.isa
 @each_dtype
 def test_large_product_on_two_threads_is_exact(dtype: torch.dtype) -> None:
-    many = [(130, 1030, 515), (3, 1030, 515), (515, 130, 9), (1, 2050, 700), (515, 300, 260)]
+    many = [(130, 1030, 515), (3, 1030, 515), (515, 130, 9), (1, 2050, 700), (515, 300, 260), (128, 520, 300)]
     many += [(70, 8200, 40), (8200, 70, 40), (1040, 8200, 20)]  # packed in parts: of k, of rows, and of both
     sizes = [(40, 60, 50)] if SMALL else many
     with threads(2):

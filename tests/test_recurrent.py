@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import SMALL, RawCalls, threads
+from support import SMALL, RawCalls, run_child, threads
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
@@ -137,6 +137,43 @@ def test_bits_do_not_depend_on_threads(name: str, options: dict[str, int], dtype
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
+LARGE = {"LSTM": 200, "GRU": 220, "RNN": 370}  # units of which threads share those of one sequence
+
+
+@pytest.mark.skipif(SMALL, reason="the interpreter has one thread")
+@pytest.mark.parametrize("lengths", [[8], [8, 8, 8], [8, 1, 1]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@each_network
+def test_threads_may_share_the_units_of_a_sequence(name: str, dtype: torch.dtype, lengths: list[int]) -> None:
+    torch.manual_seed(0)
+    module = getattr(nn, name)(9, LARGE[name], bidirectional=True).to(dtype)
+    x = torch.randn(8, len(lengths), 9).to(dtype).requires_grad_()
+    found = []
+    for count in (1, 2, 6, 13):
+        with threads(count):
+            y = module(pack_padded_sequence(x, torch.tensor(lengths)))
+            found.append([*flat(y), *gradients(y, [x, *module.parameters()])])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+ALONE = """
+import sys, torch
+import dlkernels.nn as nn
+torch.set_num_threads(int(sys.argv[1]))
+torch.manual_seed(0)
+module, x = nn.LSTM(9, 200), torch.randn(8, 1, 9)
+y = module(x)[0]
+y.sum().backward()
+print(*(hash(t.detach().numpy().tobytes()) for t in (y, *(p.grad for p in module.parameters()))))
+"""
+
+
+@pytest.mark.skipif(SMALL, reason="the interpreter has one thread")
+def test_threads_that_never_come_are_not_waited_for() -> None:
+    """The system gives one thread where four were asked for."""
+    hashes = [run_child(["-c", ALONE, count], PYTHONHASHSEED="0", OMP_THREAD_LIMIT="1").stdout for count in "14"]
+    assert hashes[0] and hashes[0] == hashes[1]
 
 
 @each_kind

@@ -80,7 +80,9 @@ template <class E, int NV = ::NV> struct PairDot {
     static bool pack_a(Block<bf16> block, int rows, int kc, bf16* panel) { return pack_pairs<MR>(block, rows, kc, panel); }
     static bool pack_b(Block<bf16> block, int columns, int kc, bf16* panel) { return pack_pairs<NR>(block, columns, kc, panel); }
     static constexpr bool writes_exactly(int) { return true; }
-    static INLINE vec<float> multiply_add(vec<float> sum, Lane a, const Lane* row) { return dot_pairs(sum, pairs{} + a, load_raw<pairs>(row)); }
+    static INLINE vec<float> multiply_add(vec<float> sum, Lane a, const Lane* row) {
+        return dot_pairs(sum, pairs{} + a, load_raw<pairs>(row));
+    }
 
     template <int R, class A, class B>
     static void tile_of(int kc, A a, B b, float* c, int64_t ldc, bool add, const bf16* next) {

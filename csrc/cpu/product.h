@@ -63,8 +63,8 @@ template <class T> bool is_thin(int64_t M, int64_t K) {
     return M <= 4 || (M <= (WIDENED ? 32 : 64) && K >= 256);
 }
 
-// Whether A w^T is best computed transposed, with w where it lies: A fills the vectors, and is small enough to stay in the L2 cache. The rows
-// of w are contiguous or, unless its numbers are taken in pairs, its columns.
+// Whether A w^T is best computed transposed, with w where it lies: A fills the vectors, and is small enough to stay in the L2 cache. The
+// rows of w are contiguous or, unless its numbers are taken in pairs, its columns.
 template <class T> constexpr bool CAN_TURN = !HAS_TILES && std::is_same_v<element_of<T>, T>;
 template <class T> bool turns(int64_t M, int64_t N, int64_t K, Matrix<T> w) {
     constexpr int64_t NR = micro_for<T, true>::type::NR, LARGEST = 512 << 10;  // bytes of A

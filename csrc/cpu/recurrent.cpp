@@ -1,6 +1,6 @@
 // One recurrent layer over whole sequences, forward. Where enough sequences run at once to make use of every weight that is read, W_ih x is
-// part of the steps of recurrent.h. Else it is one product for some time steps at a time, so that what it makes is still in the cache when the
-// steps read it.
+// part of the steps. Else it is one product for some of them at a time, so that what it makes is still in the cache when they read it.
+#include "recurrent_forward.h"
 #include "recurrent_op.h"
 
 namespace {

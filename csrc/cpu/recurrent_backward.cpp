@@ -1,5 +1,6 @@
 // One recurrent layer over whole sequences, backward: the steps of recurrent.h leave da behind, the gradient of what goes into the gates.
 // The rest are products over all tokens at once: dx = da W_ih, dW_ih = da^T x, dW_hh = da^T h', dW_hr = dh^T o tanh(c); db sums da.
+#include "recurrent_backward.h"
 #include "recurrent_op.h"
 
 namespace {

@@ -86,7 +86,8 @@ struct Layer {
     // Go through all shares: steps(share, team, member).
     template <class Steps> void each_share(const Steps& steps) const {
         auto all = shares(D, B, alone() ? 1 : threads());
-        int64_t count = int64_t(all.size()), members = alone() || projected ? 1 : team_size(count, threads(), ceil_div(D * B, count) * G * H * H);
+        int64_t count = int64_t(all.size()), work = ceil_div(D * B, count) * G * H * H;
+        int64_t members = alone() || projected ? 1 : team_size(count, threads(), work);
         std::deque<Team> teams;
         for (int64_t i = 0; i < count; i++) teams.emplace_back(members);
         auto some = [&](int64_t begin, int64_t end) {

@@ -43,8 +43,8 @@ inline std::vector<Share> shares(int64_t D, int64_t B, int64_t threads) {
 }
 
 // The threads that go through one share together, where there are more threads than shares: each computes some units of every step, with
-// weights that stay in its own cache, and waits until the others have theirs. Who has waited for long computes what nobody has begun, so that
-// all goes on where a thread comes late or never.
+// weights that stay in its own cache, and waits until the others have theirs. Who has waited for long computes what nobody has begun, so
+// that all goes on where a thread comes late or never.
 class Team {
     struct alignas(64) Piece {
         std::atomic<int64_t> next = 0;  // the number of the step that it is to be computed for
@@ -113,6 +113,7 @@ template <class Micro> struct Panels {
     // sums[j * ld + i NR], or are added to what is there.
     void multiply(int64_t n, const E* a, int64_t lda, int64_t b, int64_t i0, int64_t i1, Sum* sums, int64_t ld, bool add = false) const {
         constexpr int64_t PER = sizeof(Lane) / sizeof(E);
+        if (n == 0) return;
         for (int64_t k = 0; k < K; k += KC, add = true) {
             int kc = std::min<int64_t>(KC, K - k);
             auto panel = [&](int64_t i) {
@@ -120,7 +121,7 @@ template <class Micro> struct Panels {
             };
             Strided<Lane> rows{reinterpret_cast<const Lane*>(a + k), lda / PER};
             if (n < FEW) {
-                few_rows(n, kc, rows, panel, i0, i1, sums, ld, add);
+                few_rows(int(n), kc, rows, panel, i0, i1, sums, ld, add);
                 continue;
             }
             for (int64_t i = i0; i < i1; i++)
@@ -137,24 +138,21 @@ template <class Micro> struct Panels {
         }
     }
 
-    // A few rows give the tile too few sums to add to while it waits for the last addition: several panels side by side give more.
+    // Up to 3 rows give a tile too few sums to add to while it waits for the last addition: several panels side by side give more.
     static constexpr int FEW = 4, TOGETHER = 4, VECTORS = NR / VL<Sum>;
     template <class Panel>
-    static void few_rows(int64_t n, int kc, Strided<Lane> rows, const Panel& panel, int64_t i0, int64_t i1, Sum* sums, int64_t ld, bool add) {
-        for (int64_t i = i0; i < i1; i += TOGETHER) {
+    static void few_rows(int n, int kc, Strided<Lane> rows, const Panel& panel, int64_t i0, int64_t i1, Sum* sums, int64_t ld,
+                         bool add) {
+        const int most = std::min(TOGETHER, MR / n);  // whose sums are in registers
+        for (int64_t i = i0; i < i1; i += most) {
             const Lane* w[TOGETHER];
-            int many = std::min<int64_t>(TOGETHER, i1 - i);
+            int many = int(std::min<int64_t>(most, i1 - i));
             for (int q = 0; q < many; q++) w[q] = reinterpret_cast<const Lane*>(panel(i + q));
-            auto with = [&](auto R, auto P) { together<R, P>(kc, rows, w, sums + (i - i0) * NR, ld, add); };
-            auto panels = [&](auto R) {
-                if (many == 4) with(R, std::integral_constant<int, 4>{});
-                else if (many == 3) with(R, std::integral_constant<int, 3>{});
-                else if (many == 2) with(R, std::integral_constant<int, 2>{});
-                else with(R, std::integral_constant<int, 1>{});
+            auto choose = [&]<int... I>(std::integer_sequence<int, I...>) {
+                ((n == I / TOGETHER + 1 && many == I % TOGETHER + 1
+                      ? together<I / TOGETHER + 1, I % TOGETHER + 1>(kc, rows, w, sums + (i - i0) * NR, ld, add) : void()), ...);
             };
-            if (n == 1) panels(std::integral_constant<int, 1>{});
-            else if (n == 2) panels(std::integral_constant<int, 2>{});
-            else panels(std::integral_constant<int, 3>{});
+            choose(std::make_integer_sequence<int, (FEW - 1) * TOGETHER>{});
         }
     }
     template <int R, int P> static void together(int kc, Strided<Lane> rows, const Lane* const* w, Sum* sums, int64_t ld, bool add) {
@@ -166,7 +164,8 @@ template <class Micro> struct Panels {
                 for (int v = 0; v < VECTORS; v++)
 #pragma GCC unroll 4
                     for (int r = 0; r < R; r++)
-                        acc[r][q * VECTORS + v] = Micro::multiply_add(acc[r][q * VECTORS + v], rows.of(rows[k], r), w[q] + k * NR + v * VL<Sum>);
+                        acc[r][q * VECTORS + v] =
+                            Micro::multiply_add(acc[r][q * VECTORS + v], rows.of(rows[k], r), w[q] + k * NR + v * VL<Sum>);
         put(acc, sums, ld, add);
     }
 };

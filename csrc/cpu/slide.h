@@ -119,7 +119,7 @@ template <class Micro, class T, Memory MEMORY, class Grid> struct Slide {
 
     // All filters of a bank over a band. Meanwhile the pixels of the next one are fetched.
     void band(const Grid& grid, const Bank<T, MEMORY>& bank, const Packed& packed, int64_t g, const Band& at, const Band& next) const {
-        constexpr int64_t DEEP = 1024 / sizeof(Lane) * PAIR;
+        constexpr int64_t DEEP = 4096 / sizeof(Lane) * PAIR;
         if (at.i0 >= bank.result.I || bank.result.L == 0) return;
         int64_t K = packed.K, parts = K <= DEEP * 3 / 2 ? 1 : ceil_div(K, DEEP);
         int64_t deep = std::max<int64_t>(PAIR, round_up(ceil_div(K, parts), PAIR)), rows = std::min(at.i1, bank.result.I) - at.i0;

@@ -230,7 +230,7 @@ SAMPLES: list[dict[str, Any]] = [
     {"B": 1, "T": 1, "I": 3, "H": 5},
     {"B": 2, "T": 3, "I": 1, "H": 7, "layers": 2, "bidirectional": True},
     {"B": 3, "T": 4, "I": 5, "H": 33, "bias": False},
-    {"B": 17, "T": 3, "I": 16, "H": 19, "bidirectional": True},
+    {"B": 17, "T": 3, "I": 15, "H": 19, "bidirectional": True},
     {"B": 5, "T": 6, "I": 33, "H": 40},
 ]
 PROJECTED: list[dict[str, Any]] = [
