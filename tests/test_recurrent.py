@@ -218,6 +218,17 @@ def test_forged_batch_sizes(sizes: list[int]) -> None:
         nn.LSTM(4, 5)(packed, (torch.zeros(1, 3, 5), torch.zeros(1, 3, 5)))
 
 
+@pytest.mark.skipif(SMALL, reason="of the kernels for CPUs")
+@pytest.mark.parametrize("batch", [3, 17])
+def test_inputs_without_numbers(batch: int) -> None:
+    h, w_hh, one = torch.randn(1, batch, 5), torch.randn(20, 5), torch.zeros(4 * batch, 1)
+    found = [
+        torch.ops.dlkernels.recurrent_forward(x, h, h, [torch.ones(20, x.shape[1]), w_hh], None, 0, False, False)[0]
+        for x in (one, one[:, :0])
+    ]
+    torch.testing.assert_close(found[1], found[0])
+
+
 def test_empty_sequences_cannot_be_packed() -> None:
     with pytest.raises(RuntimeError, match="greater than 0"):
         pack_padded_sequence(torch.zeros(5, 3, 4), torch.tensor([5, 2, 0]))

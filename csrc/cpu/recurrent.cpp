@@ -41,7 +41,7 @@ template <class T, class Cell> void forward(const Layer& l, const Arrays<T>& to)
     Forward<T, Cell> run{l.tokens, to, carried, {}};
     std::vector<C> bias[2];
     for (int64_t d = 0; d < D; d++) bias[d] = biases<T, Cell>(l, d, run.b_hn[d]), run.bias[d] = bias[d].data();
-    if (T_ > 1 && l.B >= MANY_SEQUENCES) {
+    if (T_ > 1 && l.B >= MANY_SEQUENCES && I > 0) {
         run.w = packed<T>(l, false, true), run.x = ::data<T>(l.x), run.I = I;
         return l.each_share([&](const Share& s, Team& team, int64_t member) { run.steps(s, 0, T_, team, member); });
     }
