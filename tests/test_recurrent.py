@@ -18,6 +18,7 @@ from dlkernels import functional as F
 NETWORKS, CELLS = ("LSTM", "GRU", "RNN"), ("LSTMCell", "GRUCell", "RNNCell")
 each_network = pytest.mark.parametrize("name", NETWORKS)
 each_kind = pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in NETWORKS), ("LSTM", {"proj_size": 3})], ids=str)
+needs_threads = pytest.mark.skipif(SMALL, reason="the interpreter has one thread")
 each_cell = pytest.mark.parametrize("name", CELLS)
 
 
@@ -121,7 +122,7 @@ def test_gates_computed_again_are_those_that_were_kept(name: str, options: dict[
         assert name == "RNN" or not any(g is None for g in gates[0])
 
 
-@pytest.mark.skipif(SMALL, reason="the interpreter has one thread")
+@needs_threads
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @each_kind
 def test_bits_do_not_depend_on_threads(name: str, options: dict[str, int], dtype: torch.dtype) -> None:
@@ -140,7 +141,7 @@ def test_bits_do_not_depend_on_threads(name: str, options: dict[str, int], dtype
 LARGE = {"LSTM": 200, "GRU": 220, "RNN": 370}  # units of which threads share those of one sequence
 
 
-@pytest.mark.skipif(SMALL, reason="the interpreter has one thread")
+@needs_threads
 @pytest.mark.parametrize("lengths", [[8], [8, 8, 8], [8, 1, 1]], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @each_network
@@ -169,7 +170,7 @@ print(*(hash(t.detach().numpy().tobytes()) for t in (y, *(p.grad for p in module
 """
 
 
-@pytest.mark.skipif(SMALL, reason="the interpreter has one thread")
+@needs_threads
 def test_threads_that_never_come_are_not_waited_for() -> None:
     """The system gives one thread where four were asked for."""
     hashes = [run_child(["-c", ALONE, count], PYTHONHASHSEED="0", OMP_THREAD_LIMIT="1").stdout for count in "14"]
@@ -218,7 +219,6 @@ def test_forged_batch_sizes(sizes: list[int]) -> None:
         nn.LSTM(4, 5)(packed, (torch.zeros(1, 3, 5), torch.zeros(1, 3, 5)))
 
 
-@pytest.mark.skipif(SMALL, reason="of the kernels for CPUs")
 @pytest.mark.parametrize("batch", [3, 17])
 def test_inputs_without_numbers(batch: int) -> None:
     h, w_hh, one = torch.randn(1, batch, 5), torch.randn(20, 5), torch.zeros(4 * batch, 1)

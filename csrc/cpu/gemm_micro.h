@@ -99,6 +99,20 @@ template <int W, class E> bool pack(Block<E> block, int rows, int kc, E* panel) 
     return true;
 }
 
+// to[column][row] of a matrix [row][column], by whole vectors: behind its columns it may be read, and `to` has room for vectors.
+template <class S> void turn(const S* from, int64_t from_ld, int64_t rows, int64_t columns, S* to, int64_t to_ld) {
+    constexpr int V = VL<S>;
+    for (int64_t c = 0; c < columns; c += V)
+        for (int64_t r = 0; r < rows; r += V) {
+            vec<S> square[V];
+#pragma GCC unroll 16
+            for (int s = 0; s < V; s++) square[s] = r + s < rows ? load(from + (r + s) * from_ld + c) : vec<S>{};
+            transpose(square);
+#pragma GCC unroll 16
+            for (int s = 0; s < V; s++) store(to + (c + s) * to_ld + r, square[s]);
+        }
+}
+
 // ---- the micro-kernel: an MR x NR tile from one panel of A and one of B --------------------------------------------------------------
 
 // c[R, NV vectors] (+)= acc

@@ -3,7 +3,7 @@
 //
 //   dot    B's k is contiguous (y = x W^T): vectors run along k; DM x DN running sums, added across their lanes at the end
 //   tiles  the same on AMX: 32 rows of w are the tiles' rows, straight from memory, and the few rows of x their packed columns
-//   turned  rows enough to fill vectors: the dense micro-kernel computes C transposed
+//   turned rows enough to fill vectors: the dense micro-kernel computes C transposed
 //   sweep  B's columns are contiguous (dx = dz W): a few rows of B at a time sweep over C, which stays in the cache
 #pragma once
 #include "gemm.h"
@@ -189,13 +189,7 @@ void turned_product(int64_t M, int64_t N, int64_t K, Reader<typename Micro::Elem
                     if (w.ks == 1) tiles(Strided<Lane>{reinterpret_cast<const Lane*>(some.p), some.rs / PER});
                     else if constexpr (PER == 1) tiles(Spaced<Lane>{some.p, some.ks});
                 }
-            for (int i = 0; i < columns; i += L)
-                for (int64_t m = 0; m < M; m += L) {
-                    vec<Sum> square[L];
-                    for (int r = 0; r < L; r++) square[r] = load(turned + (i + r) * wide + m);
-                    transpose(square);
-                    for (int r = 0; r < L; r++) store(sums + (m + r) * STRIP + i, square[r]);
-                }
+            turn(turned, wide, columns, M, sums, STRIP);
             epilogue(Tile<Sum>{sums, STRIP, 0, n, int(M), columns});
         }
     });

@@ -68,7 +68,6 @@ template <class T> bool is_thin(int64_t M, int64_t K) {
 template <class T> constexpr bool CAN_TURN = !HAS_TILES && std::is_same_v<element_of<T>, T>;
 template <class T> bool turns(int64_t M, int64_t N, int64_t K, Matrix<T> w) {
     constexpr int64_t NR = micro_for<T, true>::type::NR, LARGEST = 512 << 10;  // bytes of A
-    if constexpr (!CAN_TURN<T>) return false;
     if (std::is_same_v<T, bf16> && ((K | w.rs) % 2 || w.cs != 1)) return false;
     if (w.cs != 1 && w.cs * sizeof(T) % 2048 == 0 && K > 256 && M > NR) return false;  // its lines would compete for the same places in L2
     return N >= NR && K >= 64 && M * K * int64_t(sizeof(T)) <= LARGEST && 8 * M >= 7 * round_up(M, NR);

@@ -109,8 +109,8 @@ template <class Micro> struct Panels {
         };
         parallel(blocks(), some, units * K * gates <= SERIAL_NUMBERS);
     }
-    // Panels [i0, i1), counted from the first gate of block b on, each multiplied with n rows of a: (i0 + i)'s sums for row j go to
-    // sums[j * ld + i NR], or are added to what is there.
+    // n rows of a times panels [i0, i1), counted from the first gate of block b on: the sums of row j and panel i go to
+    // sums[j * ld + (i - i0) NR], or are added to what is there.
     void multiply(int64_t n, const E* a, int64_t lda, int64_t b, int64_t i0, int64_t i1, Sum* sums, int64_t ld, bool add = false) const {
         constexpr int64_t PER = sizeof(Lane) / sizeof(E);
         if (n == 0) return;
